@@ -1,0 +1,560 @@
+package attacher
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.etcd.io/bbolt"
+	"google.golang.org/grpc"
+
+	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/lvol"
+	"github.com/thaw-project/thaw/node/present"
+)
+
+// holdState is where a hold is in its life.
+type holdState int
+
+const (
+	// returning: known from before a restart; its owner may hold again.
+	returning holdState = iota
+	// live: a stream is open.
+	live
+	// ending: what it held is being removed.
+	ending
+)
+
+type hold struct {
+	owner string
+	state holdState      // guarded by Attacher.mu
+	calls sync.WaitGroup // calls that create for the owner; Add under Attacher.mu while live
+	gone  chan struct{}  // closed when an ending hold has left Attacher.holds
+}
+
+// Hold implements attacherv1.AttacherServer.
+func (a *Attacher) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingServer[attacherv1.HoldResponse]) error {
+	if err := checkName("owner", r.GetOwner()); err != nil {
+		return err
+	}
+	if err := a.enter(); err != nil {
+		return err
+	}
+	defer a.calls.Done()
+	ctx := stream.Context()
+	h, err := a.beginHold(ctx, r.GetOwner())
+	if err != nil {
+		return err
+	}
+	err = stream.Send(&attacherv1.HoldResponse{})
+	if err == nil {
+		select {
+		case <-a.life.Done():
+		case <-ctx.Done():
+		}
+	}
+	select {
+	case <-a.life.Done():
+		// Its owner holds again at the next attacher, which knows it by its records.
+		return kind.Errorf(kind.Unavailable, "the attacher is stopping: hold again when it is back")
+	default:
+	}
+	a.endHold(h, live)
+	return err
+}
+
+// beginHold makes owner's hold live, once an earlier one has ended.
+func (a *Attacher) beginHold(ctx context.Context, owner string) (*hold, error) {
+	for {
+		a.mu.Lock()
+		h := a.holds[owner]
+		switch {
+		case h == nil:
+			h = &hold{owner: owner, state: live, gone: make(chan struct{})}
+			a.holds[owner] = h
+			a.mu.Unlock()
+			return h, nil
+		case h.state == returning:
+			h.state = live
+			a.mu.Unlock()
+			return h, nil
+		case h.state == live:
+			a.mu.Unlock()
+			return nil, kind.Errorf(kind.InUse, "owner %s holds already: owners must be unique", owner)
+		}
+		a.mu.Unlock()
+		select {
+		case <-h.gone:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for the end of owner %s's earlier hold: %w", owner, context.Cause(ctx))
+		}
+	}
+}
+
+// endHold removes what h holds, in a goroutine of the attacher.
+// It does nothing to a hold that is not in state from any more.
+func (a *Attacher) endHold(h *hold, from holdState) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closing || h.state != from {
+		return
+	}
+	h.state = ending
+	a.own.Go(func() {
+		h.calls.Wait()
+		ctx, cancel := context.WithTimeout(a.life, endWait)
+		defer cancel()
+		if err := a.removeHeld(ctx, h.owner); err != nil {
+			a.o.Logger.Warn("cannot remove all that an ended hold left, will try again", "owner", h.owner, "error", err)
+		}
+		a.mu.Lock()
+		delete(a.holds, h.owner)
+		a.mu.Unlock()
+		close(h.gone)
+	})
+}
+
+// use keeps owner's hold from ending until the returned function is called. The
+// empty owner needs no hold.
+func (a *Attacher) use(owner string) (done func(), err error) {
+	if owner == "" {
+		return func() {}, nil
+	}
+	if err := checkName("owner", owner); err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	h := a.holds[owner]
+	if h == nil || h.state != live {
+		return nil, kind.Errorf(kind.InUse, "owner %s holds nothing: open Hold and wait for its first message", owner)
+	}
+	h.calls.Add(1)
+	return h.calls.Done, nil
+}
+
+// alive tells whether owner may still want what it left.
+func (a *Attacher) alive(owner string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	h := a.holds[owner]
+	return h != nil && h.state != ending
+}
+
+// recover takes up what the records say a predecessor left.
+func (a *Attacher) recover() error {
+	owners, err := a.owners()
+	if err != nil {
+		return err
+	}
+	for owner := range owners {
+		a.holds[owner] = &hold{owner: owner, state: returning, gone: make(chan struct{})}
+	}
+	if err := a.dropUnfinished(); err != nil {
+		return err
+	}
+	disks, err := a.o.Presenter.List(context.Background())
+	if err != nil {
+		return fmt.Errorf("list presented disks: %w", err)
+	}
+	for _, d := range disks {
+		if !isExport(d) {
+			continue
+		}
+		if _, ok, err := lookup[exportRecord](a.db, exportsBucket, d.Source.Lvol); err != nil {
+			return err
+		} else if ok {
+			continue
+		}
+		if err := a.o.Presenter.Withdraw(context.Background(), d.ID); err != nil {
+			a.o.Logger.Warn("an export that nobody holds stays", "disk", d.ID, "error", err)
+		}
+	}
+	return nil
+}
+
+// owners are those that have a record.
+func (a *Attacher) owners() (map[string]bool, error) {
+	owners := make(map[string]bool)
+	err := a.db.View(func(tx *bbolt.Tx) error {
+		work, err := all[workRecord](tx, workBucket)
+		if err != nil {
+			return err
+		}
+		for _, r := range work {
+			owners[r.Owner] = true
+		}
+		exports, err := all[exportRecord](tx, exportsBucket)
+		if err != nil {
+			return err
+		}
+		for _, r := range exports {
+			owners[r.Owner] = true
+		}
+		return nil
+	})
+	return owners, err
+}
+
+// dropUnfinished reads every record once, so that damage shows at start and not in
+// the middle of a removal, and drops those of lvols that a predecessor did not live to
+// create.
+func (a *Attacher) dropUnfinished() error {
+	infos, err := a.o.Lvols.List()
+	if err != nil {
+		return fmt.Errorf("list lvols: %w", err)
+	}
+	exists := make(map[string]bool, len(infos))
+	for _, i := range infos {
+		exists[i.Name] = true
+	}
+	var stale [][2]string // bucket, name
+	err = a.db.View(func(tx *bbolt.Tx) error {
+		blocks, err := all[blockRecord](tx, blocksBucket)
+		if err != nil {
+			return err
+		}
+		renames, err := all[renameRecord](tx, renamesBucket)
+		if err != nil {
+			return err
+		}
+		if _, err := all[removalRecord](tx, removalsBucket); err != nil {
+			return err
+		}
+		if _, err := allImages(tx); err != nil {
+			return err
+		}
+		work, err := all[workRecord](tx, workBucket)
+		if err != nil {
+			return err
+		}
+		for name := range work {
+			if !exists[name] {
+				stale = append(stale, [2]string{string(workBucket), name})
+			}
+		}
+		for name := range blocks {
+			if !exists[name] {
+				stale = append(stale, [2]string{string(blocksBucket), name})
+			}
+		}
+		for name := range renames {
+			if !exists[name] {
+				stale = append(stale, [2]string{string(renamesBucket), name})
+			}
+		}
+		return nil
+	})
+	if err != nil || len(stale) == 0 {
+		return err
+	}
+	return a.db.Update(func(tx *bbolt.Tx) error {
+		for _, s := range stale {
+			if err := tx.Bucket([]byte(s[0])).Delete([]byte(s[1])); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// endAbsent ends, after the grace, the holds whose owners did not come back.
+func (a *Attacher) endAbsent() {
+	grace := time.NewTimer(a.o.HoldGrace)
+	defer grace.Stop()
+	select {
+	case <-a.life.Done():
+		return
+	case <-grace.C:
+	}
+	a.mu.Lock()
+	var absent []*hold
+	for _, h := range a.holds {
+		if h.state == returning {
+			absent = append(absent, h)
+		}
+	}
+	a.mu.Unlock()
+	for _, h := range absent {
+		a.o.Logger.Info("an owner did not come back, removing what it held", "owner", h.owner)
+		a.endHold(h, returning)
+	}
+}
+
+// endForgotten tries again where the end of a hold could not remove everything.
+func (a *Attacher) endForgotten() {
+	owners, err := a.owners()
+	if err != nil {
+		a.o.Logger.Warn("cannot read who holds what", "error", err)
+		return
+	}
+	for owner := range owners {
+		a.mu.Lock()
+		var h *hold
+		if a.holds[owner] == nil && !a.closing {
+			h = &hold{owner: owner, state: returning, gone: make(chan struct{})}
+			a.holds[owner] = h
+		}
+		a.mu.Unlock()
+		if h != nil {
+			a.endHold(h, returning)
+		}
+	}
+}
+
+// removeHeld withdraws owner's exports and deletes its lvols. It goes on past errors
+// and returns them.
+func (a *Attacher) removeHeld(ctx context.Context, owner string) error {
+	var names []string
+	err := a.db.View(func(tx *bbolt.Tx) error {
+		work, err := all[workRecord](tx, workBucket)
+		if err != nil {
+			return err
+		}
+		exports, err := all[exportRecord](tx, exportsBucket)
+		if err != nil {
+			return err
+		}
+		held := make(map[string]bool)
+		for name, r := range work {
+			if r.Owner == owner {
+				held[name] = true
+			}
+		}
+		for name, r := range exports {
+			if r.Owner == owner {
+				held[name] = true
+			}
+		}
+		names = slices.Sorted(maps.Keys(held))
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, name := range names {
+		a.step("end: " + name)
+		if err := a.removeOneHeld(ctx, name, owner); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Attacher) removeOneHeld(ctx context.Context, name, owner string) error {
+	unlock, err := a.names.Lock(ctx, name)
+	if err != nil {
+		return fmt.Errorf("remove lvol %s: %w", name, err)
+	}
+	defer unlock()
+	// Read again under the lock: a new owner may have taken the lvol over.
+	if r, ok, err := lookup[exportRecord](a.db, exportsBucket, name); err != nil {
+		return err
+	} else if ok && r.Owner == owner {
+		if err := a.withdraw(ctx, name); err != nil {
+			return err
+		}
+	}
+	if r, ok, err := lookup[workRecord](a.db, workBucket, name); err != nil || !ok || r.Owner != owner {
+		return err
+	}
+	return a.deleteWork(ctx, name)
+}
+
+// deleteWork deletes a held lvol and then its record. The caller has the name locked.
+func (a *Attacher) deleteWork(ctx context.Context, name string) error {
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		err := a.o.Lvols.Delete(name)
+		if err == nil || errors.Is(err, kind.NotFound) {
+			break
+		}
+		if !errors.Is(err, kind.InUse) {
+			return fmt.Errorf("delete lvol %s: %w", name, err)
+		}
+		select {
+		case <-time.After(pause):
+		case <-a.life.Done():
+			return fmt.Errorf("delete lvol %s: %w", name, err)
+		case <-ctx.Done():
+			return fmt.Errorf("delete lvol %s: %w", name, err)
+		}
+	}
+	a.step("delete work: deleted")
+	return a.drop(name, workBucket, renamesBucket)
+}
+
+// diskPrefix begins the ids of the attacher's disks.
+const diskPrefix = "w-"
+
+// diskID is the id under which an lvol is exported. It must not be the name of a
+// block, under which nodes show it, and fit a disk's id.
+func diskID(name string) string {
+	if len(diskPrefix)+len(name) <= lvol.MaxNameBytes {
+		return diskPrefix + name
+	}
+	sum := sha256.Sum256([]byte(name))
+	return diskPrefix + hex.EncodeToString(sum[:])
+}
+
+func isExport(d present.Disk) bool {
+	return d.Source.Kind == present.SourceLvol && strings.HasPrefix(d.ID, diskPrefix) && d.ID == diskID(d.Source.Lvol)
+}
+
+func exportSource(name string) present.Source {
+	return present.Source{Kind: present.SourceLvol, Lvol: name}
+}
+
+// Export implements attacherv1.AttacherServer.
+func (a *Attacher) Export(ctx context.Context, r *attacherv1.ExportRequest) (*attacherv1.ExportResponse, error) {
+	name, owner := r.GetLvol(), r.GetOwner()
+	if err := errors.Join(checkName("lvol name", name), checkName("owner", owner)); err != nil {
+		return nil, kind.Wrap(kind.Invalid, err)
+	}
+	if err := a.enter(); err != nil {
+		return nil, err
+	}
+	defer a.calls.Done()
+	done, err := a.use(owner)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	unlock, err := a.names.Lock(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("export lvol %s: %w", name, err)
+	}
+	defer unlock()
+	disk, err := a.export(ctx, name, exportRecord{Owner: owner, ReadOnly: r.GetReadOnly()})
+	if err != nil {
+		return nil, fmt.Errorf("export lvol %s: %w", name, err)
+	}
+	return &attacherv1.ExportResponse{Path: disk.Path, SizeBytes: disk.SizeBytes}, nil
+}
+
+// export records and presents. The caller has the name locked and uses the owner's
+// hold.
+func (a *Attacher) export(ctx context.Context, name string, want exportRecord) (present.Disk, error) {
+	if w, ok, err := lookup[workRecord](a.db, workBucket, name); err != nil {
+		return present.Disk{}, err
+	} else if ok && w.Owner != want.Owner {
+		return present.Disk{}, a.heldError(name, w.Owner)
+	}
+	info, err := a.o.Lvols.Get(name)
+	if err != nil {
+		return present.Disk{}, err
+	}
+	if !want.ReadOnly && (info.Snapshot || info.ReadOnly) {
+		return present.Disk{}, kind.Errorf(kind.ReadOnly, "it is read-only: ask for read access, or clone it")
+	}
+	have, ok, err := lookup[exportRecord](a.db, exportsBucket, name)
+	if err != nil {
+		return present.Disk{}, err
+	}
+	if ok && have.Owner != want.Owner {
+		if a.alive(have.Owner) {
+			return present.Disk{}, kind.Errorf(kind.InUse, "it is exported to %s", have.Owner)
+		}
+		if err := a.withdraw(ctx, name); err != nil {
+			return present.Disk{}, err
+		}
+		ok = false
+	}
+	if ok && have.ReadOnly != want.ReadOnly {
+		return present.Disk{}, kind.Errorf(kind.Exists, "it is exported already, with other access: unexport it first")
+	}
+	if !ok {
+		if err := a.put(exportsBucket, name, want); err != nil {
+			return present.Disk{}, err
+		}
+		a.step("export: recorded")
+	}
+	disk, err := a.o.Presenter.Present(ctx, diskID(name), exportSource(name), want.ReadOnly)
+	if err != nil {
+		if !ok {
+			cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), withdrawWait)
+			defer cancel()
+			if werr := a.withdraw(cleanup, name); werr != nil {
+				a.o.Logger.Warn("an export that failed may be left until its hold ends", "lvol", name, "error", werr)
+			}
+		}
+		return present.Disk{}, err
+	}
+	a.step("export: presented")
+	return disk, nil
+}
+
+// Unexport implements attacherv1.AttacherServer.
+func (a *Attacher) Unexport(ctx context.Context, r *attacherv1.UnexportRequest) (*attacherv1.UnexportResponse, error) {
+	name := r.GetLvol()
+	if err := errors.Join(checkName("lvol name", name), checkName("owner", r.GetOwner())); err != nil {
+		return nil, kind.Wrap(kind.Invalid, err)
+	}
+	if err := a.enter(); err != nil {
+		return nil, err
+	}
+	defer a.calls.Done()
+	unlock, err := a.names.Lock(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("unexport lvol %s: %w", name, err)
+	}
+	defer unlock()
+	have, ok, err := lookup[exportRecord](a.db, exportsBucket, name)
+	if err != nil {
+		return nil, err
+	}
+	if !ok {
+		return &attacherv1.UnexportResponse{}, nil
+	}
+	if have.Owner != r.GetOwner() {
+		return nil, kind.Errorf(kind.InUse, "unexport lvol %s: it is exported to %s", name, have.Owner)
+	}
+	if err := a.withdraw(ctx, name); err != nil {
+		return nil, err
+	}
+	return &attacherv1.UnexportResponse{}, nil
+}
+
+// withdraw takes an lvol's export away and then its record, waiting a little for a
+// kernel that has the disk open. The caller has the name locked.
+func (a *Attacher) withdraw(ctx context.Context, name string) error {
+	deadline := time.Now().Add(withdrawWait)
+	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		err := a.o.Presenter.Withdraw(ctx, diskID(name))
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, kind.InUse) || time.Until(deadline) < pause {
+			return fmt.Errorf("unexport lvol %s: %w", name, err)
+		}
+		select {
+		case <-time.After(pause):
+		case <-a.life.Done():
+			return fmt.Errorf("unexport lvol %s: %w", name, err)
+		case <-ctx.Done():
+			return fmt.Errorf("unexport lvol %s: %w", name, err)
+		}
+	}
+	a.step("withdraw: withdrawn")
+	return a.drop(name, exportsBucket)
+}
+
+// heldError says who has an lvol that the caller wants.
+func (a *Attacher) heldError(name, owner string) error {
+	a.mu.Lock()
+	h := a.holds[owner]
+	gone := h != nil && h.state == returning
+	a.mu.Unlock()
+	if gone {
+		return kind.Errorf(kind.InUse, "lvol %s was being written by %s, which may come back within %s", name, owner, a.o.HoldGrace)
+	}
+	return kind.Errorf(kind.InUse, "lvol %s is being written by %s", name, owner)
+}
