@@ -1,0 +1,160 @@
+package imagemgmt
+
+import (
+	"bytes"
+	"encoding/json"
+	"path/filepath"
+	"strings"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/statedb"
+)
+
+// The database, format version 1. Values are JSON.
+//
+//	bucket "readers"  block \0 user -> readerRecord   one use of a block by Attach
+//	bucket "writers"  disk id       -> writerRecord   one AttachWritable
+//
+// A record is written before the disk is shown and, for readers, removed before it
+// is taken away: what is shown and not recorded is nobody's.
+const (
+	dbPart    = "imagemgmt"
+	dbVersion = 1
+)
+
+var (
+	readersBucket = []byte("readers")
+	writersBucket = []byte("writers")
+)
+
+// Bounds of names, so that a record stays small and a key fits bbolt.
+const (
+	maxNameBytes = 128  // blocks and disk ids, as lvol names
+	maxUserBytes = 512  // users: containerd's keys with a prefix
+	maxPathBytes = 4096 // PATH_MAX
+)
+
+type readerRecord struct {
+	SinceUnixNanos int64 `json:"since"`
+}
+
+type writerRecord struct {
+	Block          string `json:"block"`
+	Path           string `json:"path"`
+	SinceUnixNanos int64  `json:"since"`
+}
+
+func openDB(path string) (*statedb.DB, error) {
+	return statedb.Open(statedb.Options{
+		Path: path, Part: dbPart, Version: dbVersion,
+		Buckets: []string{string(readersBucket), string(writersBucket)},
+	})
+}
+
+func readerKey(block, user string) []byte { return []byte(block + "\x00" + user) }
+
+func decodeReader(key, value []byte) (block, user string, err error) {
+	b, u, found := bytes.Cut(key, []byte{0})
+	var r readerRecord
+	if !found || checkName("block", string(b)) != nil || checkUser(string(u)) != nil || strictJSON(value, &r) != nil {
+		return "", "", kind.Errorf(kind.Corrupt, "record %.80q of a reader is damaged", key)
+	}
+	return string(b), string(u), nil
+}
+
+func decodeWriter(key, value []byte) (id string, w writerRecord, err error) {
+	if checkName("disk", string(key)) != nil || strictJSON(value, &w) != nil ||
+		checkName("block", w.Block) != nil || checkPath(w.Path) != nil {
+		return "", writerRecord{}, kind.Errorf(kind.Corrupt, "record %.80q of a writable disk is damaged", key)
+	}
+	return string(key), w, nil
+}
+
+func strictJSON(raw []byte, into any) error {
+	d := json.NewDecoder(bytes.NewReader(raw))
+	d.DisallowUnknownFields()
+	if err := d.Decode(into); err != nil {
+		return err
+	}
+	if d.More() {
+		return kind.Errorf(kind.Corrupt, "more than one value")
+	}
+	return nil
+}
+
+// load reads all records.
+func load(db *statedb.DB) (readers map[string][]string, writers map[string]writerRecord, err error) {
+	readers, writers = make(map[string][]string), make(map[string]writerRecord)
+	err = db.View(func(tx *bbolt.Tx) error {
+		err := tx.Bucket(readersBucket).ForEach(func(k, v []byte) error {
+			block, user, err := decodeReader(k, v)
+			if err == nil {
+				readers[block] = append(readers[block], user)
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		return tx.Bucket(writersBucket).ForEach(func(k, v []byte) error {
+			id, w, err := decodeWriter(k, v)
+			if err == nil {
+				writers[id] = w
+			}
+			return err
+		})
+	})
+	return readers, writers, err
+}
+
+func (m *Manager) putReader(block, user string) error {
+	raw, err := json.Marshal(readerRecord{SinceUnixNanos: m.o.Now().UnixNano()})
+	if err != nil {
+		return err
+	}
+	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(readersBucket).Put(readerKey(block, user), raw) })
+}
+
+func (m *Manager) dropReader(block, user string) error {
+	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(readersBucket).Delete(readerKey(block, user)) })
+}
+
+func (m *Manager) putWriter(id string, w writerRecord) error {
+	w.SinceUnixNanos = m.o.Now().UnixNano()
+	raw, err := json.Marshal(w)
+	if err != nil {
+		return err
+	}
+	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(writersBucket).Put([]byte(id), raw) })
+}
+
+func (m *Manager) dropWriter(id string) error {
+	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(writersBucket).Delete([]byte(id)) })
+}
+
+// checkName holds names of blocks and disks to 1 to 128 of [A-Za-z0-9._-], what
+// lvols and presented disks may be called.
+func checkName(what, name string) error {
+	if name == "" || len(name) > maxNameBytes || strings.ContainsFunc(name, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '.' || r == '_' || r == '-')
+	}) {
+		return kind.Errorf(kind.Invalid, "%s name %.160q: must be 1 to %d of A-Z a-z 0-9 . _ -", what, name, maxNameBytes)
+	}
+	return nil
+}
+
+func checkUser(user string) error {
+	if user == "" || len(user) > maxUserBytes || strings.ContainsRune(user, 0) {
+		return kind.Errorf(kind.Invalid, "user %.80q of a block: must be 1 to %d bytes without NUL", user, maxUserBytes)
+	}
+	return nil
+}
+
+func checkPath(path string) error {
+	if !filepath.IsAbs(path) || filepath.Clean(path) != path || len(path) > maxPathBytes || strings.ContainsRune(path, 0) {
+		return kind.Errorf(kind.Invalid, "path %.160q of a writable layer: must be absolute and clean", path)
+	}
+	return nil
+}
