@@ -1,0 +1,79 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"net"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/attacher/rpc"
+	"github.com/thaw-project/thaw/daemon"
+	"github.com/thaw-project/thaw/kind"
+)
+
+// place says which server a command talks to: the one whose configuration, root and
+// run directories it is given.
+type place struct {
+	config, root, run string
+}
+
+func (p *place) register(cmd *cobra.Command) {
+	f := cmd.PersistentFlags()
+	f.StringVar(&p.config, "config", "", "configuration file (default "+daemon.DefaultConfigPath+" if it exists)")
+	f.StringVar(&p.root, "root", "", "directory that survives a reboot (default "+daemon.DefaultRoot+")")
+	f.StringVar(&p.run, "run", "", "directory for sockets and mounts (default "+daemon.DefaultRun+")")
+}
+
+func (p *place) load() (daemon.Config, error) {
+	config, err := daemon.LoadConfig(p.config)
+	if err != nil {
+		return config, err
+	}
+	if p.root != "" {
+		config.Root = p.root
+	}
+	if p.run != "" {
+		config.Run = p.run
+	}
+	return config, config.Validate()
+}
+
+// dial connects to one of the server's sockets and fails at once, with what to do,
+// when nobody listens.
+func dial(ctx context.Context, socket string, options ...grpc.DialOption) (*grpc.ClientConn, error) {
+	d := net.Dialer{Timeout: 5 * time.Second}
+	probe, err := d.DialContext(ctx, "unix", socket)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return nil, kind.Errorf(kind.Unavailable, "no thaw server listens on %s: start one with 'thaw server', or name its --run directory", socket)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, kind.Errorf(kind.Denied, "connect to %s: permission denied: run as root", socket)
+	case err != nil:
+		return nil, kind.Errorf(kind.Unavailable, "connect to the thaw server: %w", err)
+	}
+	probe.Close()
+	if len(options) == 0 {
+		options = []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())}
+	}
+	return grpc.NewClient("unix://"+socket, options...)
+}
+
+// attacherClient connects to the server's attacher.
+func (p *place) attacherClient(ctx context.Context) (attacherv1.AttacherClient, func(), error) {
+	config, err := p.load()
+	if err != nil {
+		return nil, nil, err
+	}
+	conn, err := dial(ctx, config.Paths().Socket, rpc.DialOptions()...)
+	if err != nil {
+		return nil, nil, err
+	}
+	return attacherv1.NewAttacherClient(conn), func() { conn.Close() }, nil
+}

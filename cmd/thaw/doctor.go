@@ -1,0 +1,64 @@
+package main
+
+import (
+	"path/filepath"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/thaw-project/thaw/doctor"
+	"github.com/thaw-project/thaw/kind"
+)
+
+func newDoctor() *cobra.Command {
+	var where place
+	var out output
+	var containerd, snapshotter string
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Check kernel, containerd and permissions, and say what to do",
+		Example: `  thaw doctor
+  thaw doctor --containerd /run/k3s/containerd/containerd.sock --json`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			config, err := where.load()
+			if err != nil {
+				return err
+			}
+			if containerd, err = filepath.Abs(containerd); err != nil {
+				return err
+			}
+			p := config.Paths()
+			findings := doctor.Examine(cmd.Context(), doctor.Options{
+				Root: config.Root, Run: config.Run, MetricsSocket: p.MetricSock, SnapshotterSocket: p.SnapshotterSocket,
+				ContainerdSocket: containerd, Snapshotter: snapshotter,
+			})
+			err = out.print(cmd.OutOrStdout(), findings, func(w *tabwriter.Writer) {
+				for _, f := range findings {
+					row(w, f.State, f.Check, f.Detail)
+					if f.Advice != "" {
+						row(w, "", "", "-> "+f.Advice)
+					}
+				}
+			})
+			if err != nil {
+				return err
+			}
+			failed := 0
+			for _, f := range findings {
+				if f.State == doctor.Fail {
+					failed++
+				}
+			}
+			if failed > 0 {
+				return kind.Errorf(kind.Unsupported, "%d check(s) failed", failed)
+			}
+			return nil
+		},
+	}
+	where.register(cmd)
+	out.register(cmd)
+	cmd.Flags().StringVar(&containerd, "containerd", "/run/containerd/containerd.sock", "containerd's socket")
+	cmd.Flags().StringVar(&snapshotter, "snapshotter", "thaw", "the snapshotter's name in containerd's configuration")
+	return cmd
+}

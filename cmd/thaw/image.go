@@ -1,0 +1,227 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/daemon"
+	"github.com/thaw-project/thaw/image/block"
+	"github.com/thaw-project/thaw/image/convert"
+	"github.com/thaw-project/thaw/image/convert/progress"
+	"github.com/thaw-project/thaw/image/filesystem"
+	"github.com/thaw-project/thaw/image/filesystem/erofs"
+	"github.com/thaw-project/thaw/image/filesystem/ext4"
+	"github.com/thaw-project/thaw/kind"
+)
+
+func newImage() *cobra.Command {
+	var where place
+	cmd := group("image", "Convert images and work with converted ones",
+		imageConvert(&where), imageList(&where), imageInspect(&where), imageRemove(&where))
+	where.register(cmd)
+	return cmd
+}
+
+func imageConvert(where *place) *cobra.Command {
+	var out output
+	var quiet bool
+	var mode, fs, size string
+	o := convert.Options{}
+	cmd := &cobra.Command{
+		Use:   "convert SOURCE DEST",
+		Short: "Turn an OCI image into blocks and push a manifest that names them",
+		Long: `Turn an OCI image into blocks and push a manifest that names them.
+
+SOURCE is a registry reference, oci:DIR[:TAG], oci-archive:FILE[:TAG] or
+docker-archive:FILE[:REF]. DEST is a registry reference. It keeps the source's
+config and layers, so that any client can still pull it.
+
+Layers that an earlier conversion wrote are shared, not written again. A conversion
+that was interrupted goes on where it was.`,
+		Example: `  thaw image convert registry.example/app:1 registry.example/app:1-thaw
+  thaw image convert --mode overlaybd docker-archive:app.tar registry.example/app:1-bd
+  thaw image convert --platform linux/amd64,linux/arm64 oci:./app:1 registry.example/app:1-thaw`,
+		Args: exactArgs(2),
+		RunE: func(cmd *cobra.Command, a []string) error {
+			o.Source, o.Dest = a[0], a[1]
+			var err error
+			if o.Mode, err = block.ParseMode(mode); err != nil {
+				return usage{err}
+			}
+			if fs == "" {
+				fs = string(defaultFilesystem(o.Mode))
+			}
+			if o.Filesystem, err = block.ParseFilesystem(fs); err != nil {
+				return usage{err}
+			}
+			if o.VirtualSizeBytes, err = daemon.ParseSize(size); err != nil {
+				return usage{err}
+			}
+			o.Builders = map[block.Filesystem]filesystem.Builder{block.Erofs: erofs.New(), block.Ext4: &ext4.Builder{}}
+			return runConvert(cmd, where, o, &out, quiet)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&mode, "mode", string(block.ModeOverlayfs), "image mode: overlayfs (each layer apart) or overlaybd (merged, one block device per container)")
+	f.StringVar(&fs, "filesystem", "", "file system in the blocks: ext4 or erofs (default erofs for overlayfs, ext4 for overlaybd)")
+	f.StringVar(&size, "virtual-size", "100GiB", "size of the image's disk; thin, so it costs nothing")
+	f.StringSliceVar(&o.Platforms, "platform", nil, "platforms of an index to convert, or 'all' (default this machine's)")
+	f.IntVar(&o.GlobalLayers, "global-layers", 1, "how many of the lowest layers any repository may share; -1 for none")
+	f.BoolVar(&o.PlainHTTP, "plain-http", false, "talk to registries without TLS")
+	f.StringVar(&o.CAFile, "ca-file", "", "PEM file of certificates to trust besides the system's")
+	f.StringVar(&o.DockerConfigDir, "docker-config", "", "directory of the config.json with credentials (default $DOCKER_CONFIG or ~/.docker)")
+	f.StringVar(&o.SpoolDir, "spool-dir", "", "directory for layers in flight (default the temporary directory)")
+	f.BoolVar(&quiet, "quiet", false, "no progress")
+	out.register(cmd)
+	return cmd
+}
+
+// defaultFilesystem is the one that measured faster: docs/benchmarks.md.
+func defaultFilesystem(m block.Mode) block.Filesystem {
+	if m == block.ModeOverlaybd {
+		return block.Ext4
+	}
+	return block.Erofs
+}
+
+func runConvert(cmd *cobra.Command, where *place, o convert.Options, out *output, quiet bool) error {
+	client, done, err := where.attacherClient(cmd.Context())
+	if err != nil {
+		return err
+	}
+	defer done()
+	o.Attacher = client
+	if !quiet {
+		bars := progress.New(os.Stderr)
+		defer bars.Close()
+		o.Progress = bars.Event
+	}
+	result, err := convert.Convert(cmd.Context(), o)
+	if err != nil {
+		return err
+	}
+	return out.print(cmd.OutOrStdout(), result, func(w *tabwriter.Writer) {
+		for _, image := range result.Images {
+			row(w, "LAYER", "BLOCK", "STATE", "SIZE", "WRITTEN")
+			for i, l := range image.Layers {
+				state := "written"
+				if l.Reused {
+					state = "shared"
+				}
+				row(w, i, l.Block, state, bytesText(l.AppliedBytes), bytesText(l.WrittenBytes))
+			}
+			row(w, "leaf", image.Soldier)
+		}
+		fmt.Fprintf(w, "%s@%s in %s\n", result.Dest, result.Digest, result.Duration.Round(time.Millisecond))
+	})
+}
+
+func imageList(where *place) *cobra.Command {
+	var out output
+	cmd := &cobra.Command{
+		Use: "list", Short: "List converted images", Args: noArgs,
+		Example: "  thaw image list --json",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return where.call(cmd, func(c attacherv1.AttacherClient) error {
+				r, err := c.ListImages(cmd.Context(), &attacherv1.ListImagesRequest{})
+				if err != nil {
+					return err
+				}
+				return out.print(cmd.OutOrStdout(), r.Images, func(w *tabwriter.Writer) {
+					row(w, "IMAGE", "PLATFORM", "MODE", "FILESYSTEM", "BLOCKS", "CREATED")
+					for _, i := range r.Images {
+						row(w, i.Reference, i.Platform, i.Mode, i.Filesystem, len(i.Blocks), ageText(i.CreatedUnixNanos))
+					}
+				})
+			})
+		},
+	}
+	out.register(cmd)
+	return cmd
+}
+
+func imageInspect(where *place) *cobra.Command {
+	var out output
+	var platform string
+	cmd := &cobra.Command{
+		Use: "inspect DEST", Short: "Show a converted image and its blocks", Args: exactArgs(1),
+		Example: "  thaw image inspect registry.example/app:1-thaw",
+		RunE: func(cmd *cobra.Command, a []string) error {
+			return where.call(cmd, func(c attacherv1.AttacherClient) error {
+				i, err := c.GetImage(cmd.Context(), &attacherv1.GetImageRequest{Reference: convert.Reference(a[0]), Platform: platform})
+				if err != nil {
+					return err
+				}
+				if out.json {
+					return out.print(cmd.OutOrStdout(), i, nil)
+				}
+				return printImage(cmd, c, i)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&platform, "platform", "", "os/arch[/variant] when the image has several")
+	out.register(cmd)
+	return cmd
+}
+
+func printImage(cmd *cobra.Command, c attacherv1.AttacherClient, i *attacherv1.Image) error {
+	var lvols []*attacherv1.Lvol
+	for _, name := range i.Blocks {
+		l, err := c.GetLvol(cmd.Context(), &attacherv1.GetLvolRequest{Name: name})
+		if err != nil {
+			return err
+		}
+		lvols = append(lvols, l)
+	}
+	table := output{}
+	err := table.print(cmd.OutOrStdout(), nil, func(w *tabwriter.Writer) {
+		row(w, "image", i.Reference)
+		row(w, "source", i.Source)
+		row(w, "digest", i.ManifestDigest)
+		row(w, "platform", i.Platform)
+		row(w, "mode", strings.Join([]string{i.Mode, i.Filesystem, bytesText(i.VirtualSizeBytes)}, ", "))
+	})
+	if err != nil {
+		return err
+	}
+	return printLvols(cmd, &table, lvols)
+}
+
+func imageRemove(where *place) *cobra.Command {
+	var out output
+	var platform string
+	cmd := &cobra.Command{
+		Use: "remove DEST", Short: "Forget a converted image and free the blocks nothing else uses", Args: exactArgs(1),
+		Long: `Forget a converted image and free the blocks that nothing else uses.
+
+The manifest stays in the registry: nodes that pull it then unpack its ordinary
+layers. An image that a node has attached is refused.`,
+		Example: "  thaw image remove registry.example/app:1-thaw",
+		RunE: func(cmd *cobra.Command, a []string) error {
+			return where.call(cmd, func(c attacherv1.AttacherClient) error {
+				ref := convert.Reference(a[0])
+				if _, err := c.GetImage(cmd.Context(), &attacherv1.GetImageRequest{Reference: ref, Platform: platform}); kind.Of(err) == kind.NotFound {
+					return err
+				}
+				r, err := c.DeleteImage(cmd.Context(), &attacherv1.DeleteImageRequest{Reference: ref, Platform: platform})
+				if err != nil {
+					return err
+				}
+				return out.print(cmd.OutOrStdout(), r, func(w *tabwriter.Writer) {
+					for _, b := range r.DeletedBlocks {
+						row(w, "deleted", b)
+					}
+				})
+			})
+		},
+	}
+	cmd.Flags().StringVar(&platform, "platform", "", "only this platform")
+	out.register(cmd)
+	return cmd
+}

@@ -1,0 +1,147 @@
+// Command thaw starts containers without pulling them: see docs/.
+//
+// One file per noun; each is thin and leaves the work to the packages it names.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/thaw-project/thaw/kind"
+)
+
+// version is set by the build.
+var version = ""
+
+func buildVersion() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "unknown"
+}
+
+// usage marks errors in how the command was called.
+type usage struct{ error }
+
+func (u usage) Unwrap() error { return u.error }
+
+// exitCode maps an error to the exit status documented in the root command's help.
+func exitCode(err error) int {
+	var u usage
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, context.Canceled):
+		return 130
+	case errors.As(err, &u):
+		return 2
+	}
+	switch kind.Of(err) {
+	case kind.Invalid:
+		return 2
+	case kind.NotFound:
+		return 3
+	case kind.InUse, kind.Exists:
+		return 4
+	case kind.Unavailable:
+		return 5
+	case kind.NoSpace:
+		return 6
+	case kind.Corrupt:
+		return 7
+	case kind.Denied:
+		return 8
+	case kind.Unsupported:
+		return 9
+	case kind.Canceled:
+		return 130
+	}
+	return 1
+}
+
+const rootHelp = `Thaw makes containers start without being pulled.
+
+It converts OCI images into thin volumes on a storage target, and a containerd
+snapshotter starts containers straight from them.
+
+Exit status:
+  0  done               5  server not running or registry unreachable
+  1  failed             6  no space left
+  2  wrong usage/input  7  damaged data
+  3  not found          8  permission denied
+  4  in use or exists   9  newer format, or not supported here
+  130  interrupted`
+
+func newRoot() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "thaw",
+		Short:         "Start containers without pulling them",
+		Long:          rootHelp,
+		Version:       buildVersion(),
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args:          noArgs,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usage{fmt.Errorf("%w\nSee '%s --help'", err, cmd.CommandPath())}
+	})
+	root.AddCommand(
+		newServer(), newKeeper(), newImage(), newLvol(), newSnapshot(),
+		newDoctor(), newContainerdConfig(),
+	)
+	return root
+}
+
+func noArgs(cmd *cobra.Command, args []string) error { return exactArgs(0)(cmd, args) }
+
+// exactArgs is cobra.ExactArgs with an error that says how to call the command.
+func exactArgs(n int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) == n {
+			return nil
+		}
+		if n == 0 && cmd.HasSubCommands() {
+			return usage{fmt.Errorf("unknown command %q for %q\nSee '%s --help'", args[0], cmd.CommandPath(), cmd.CommandPath())}
+		}
+		return usage{fmt.Errorf("%s takes %d argument(s), got %d\nUsage: %s", cmd.CommandPath(), n, len(args), cmd.UseLine())}
+	}
+}
+
+// group returns a noun: a command that only holds verbs.
+func group(use, short string, verbs ...*cobra.Command) *cobra.Command {
+	cmd := &cobra.Command{
+		Use: use, Short: short, Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(verbs...)
+	return cmd
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := newRoot().ExecuteContext(ctx)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "thaw:", message(ctx, err))
+	}
+	os.Exit(exitCode(err))
+}
+
+// message is what a person reads: an interrupted command says just that.
+func message(ctx context.Context, err error) string {
+	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || kind.Of(err) == kind.Canceled) {
+		return "interrupted"
+	}
+	return err.Error()
+}

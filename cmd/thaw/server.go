@@ -1,0 +1,114 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+
+	"github.com/thaw-project/thaw/daemon"
+	"github.com/thaw-project/thaw/keeper"
+)
+
+func newServer() *cobra.Command {
+	var where place
+	var level string
+	var printDefaults bool
+	cmd := &cobra.Command{
+		Use:   "server",
+		Short: "Run storage, attacher, image-mgmt and snapshotter in one process",
+		Long: `Run storage, attacher, image-mgmt and snapshotter in one process, for one machine.
+
+The server may be killed or upgraded at any time: disks in use pause until it is
+started again. SIGTERM and Ctrl-C stop it; disks in use stay attached and wait.
+'thaw server teardown' takes away what a stopped server left attached.`,
+		Example: `  thaw server
+  thaw server --root /srv/thaw --run /run/thaw-test --log-level debug
+  thaw server --config /etc/thaw/config.toml`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			config, err := where.load()
+			if err != nil {
+				return err
+			}
+			if level != "" {
+				if err := config.LogLevel.UnmarshalText([]byte(level)); err != nil {
+					return usage{fmt.Errorf("--log-level: %w", err)}
+				}
+			}
+			if printDefaults {
+				return daemon.PrintConfig(cmd.OutOrStdout(), config)
+			}
+			if os.Geteuid() != 0 {
+				return fmt.Errorf("thaw server must mount file systems: run it as root: %w", os.ErrPermission)
+			}
+			// Memory is for containers: collect earlier than Go's default.
+			debug.SetGCPercent(50)
+			logger := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: config.LogLevel}))
+			keeper, err := keeperCommand(config)
+			if err != nil {
+				return err
+			}
+			return daemon.Serve(cmd.Context(), config, keeper, logger)
+		},
+	}
+	where.register(cmd)
+	cmd.Flags().StringVar(&level, "log-level", "", "debug, info, warn or error")
+	cmd.Flags().BoolVar(&printDefaults, "print-config", false, "print the configuration in force and exit")
+	cmd.AddCommand(serverTeardown(&where))
+	return cmd
+}
+
+// keeperCommand is how a server starts its keeper: this very program.
+func keeperCommand(config daemon.Config) ([]string, error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("find this program to start the keeper: %w", err)
+	}
+	return []string{exe, "keeper", "--socket", config.Paths().KeeperSocket}, nil
+}
+
+func serverTeardown(where *place) *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "teardown",
+		Short: "Unmount and detach what a stopped server left attached",
+		Long: `Unmount and detach what a stopped server left attached: block mounts, loop devices,
+the presentation and the keeper. Nothing on disk is deleted. What a container still
+uses makes it fail, unless --force, which breaks that container.`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			config, err := where.load()
+			if err != nil {
+				return err
+			}
+			keeper, err := keeperCommand(config)
+			if err != nil {
+				return err
+			}
+			return daemon.Teardown(cmd.Context(), config, keeper, force, cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().BoolVar(&force, "force", false, "also detach what is in use")
+	return cmd
+}
+
+func newKeeper() *cobra.Command {
+	var socket string
+	cmd := &cobra.Command{
+		Use:    "keeper",
+		Short:  "Hold the FUSE descriptor while servers come and go (started by the server)",
+		Hidden: true,
+		Args:   noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if socket == "" {
+				return usage{fmt.Errorf("--socket is required: 'thaw server' starts the keeper by itself")}
+			}
+			return keeper.Run(cmd.Context(), keeper.Options{Socket: socket, Logger: slog.New(slog.DiscardHandler)})
+		},
+	}
+	cmd.Flags().StringVar(&socket, "socket", "", "Unix socket to listen on")
+	return cmd
+}

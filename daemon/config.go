@@ -1,0 +1,224 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"regexp"
+	"time"
+
+	"github.com/docker/go-units"
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/thaw-project/thaw/kind"
+)
+
+// Defaults that need no file.
+const (
+	DefaultRoot = "/var/lib/thaw"
+	DefaultRun  = "/run/thaw"
+	// DefaultConfigPath is read when it exists and no --config is given.
+	DefaultConfigPath = "/etc/thaw/config.toml"
+)
+
+// Size is a number of bytes that reads and writes as "20GiB".
+type Size int64
+
+// UnmarshalText parses "20GiB", "512 MiB" or a plain number of bytes.
+func (s *Size) UnmarshalText(text []byte) error {
+	n, err := ParseSize(string(text))
+	*s = Size(n)
+	return err
+}
+
+// MarshalText writes the size in binary units.
+func (s Size) MarshalText() ([]byte, error) {
+	return []byte(units.CustomSize("%.4g%s", float64(s), 1024, []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB"})), nil
+}
+
+// ParseSize parses a size as the configuration and the command line write it; K, M,
+// G and T are powers of 1024 with or without "iB".
+func ParseSize(text string) (int64, error) {
+	n, err := units.RAMInBytes(text)
+	if err != nil || n <= 0 {
+		return 0, kind.Errorf(kind.Invalid, "size %.40q: write it as 20GiB or 512MiB", text)
+	}
+	return n, nil
+}
+
+// Duration is a time.Duration that reads as "10s".
+type Duration time.Duration
+
+// UnmarshalText parses a duration as time.ParseDuration does.
+func (d *Duration) UnmarshalText(text []byte) error {
+	v, err := time.ParseDuration(string(text))
+	if err != nil || v <= 0 {
+		return kind.Errorf(kind.Invalid, "duration %.40q: write it as 10s or 2m", text)
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// MarshalText writes the duration as "10s".
+func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+
+// Config is the server's configuration; docs/configuration.md describes each key.
+type Config struct {
+	// Root holds what survives a reboot, Run what does not.
+	Root string `toml:"root"`
+	Run  string `toml:"run"`
+	// Target is the name by which annotations call this store.
+	Target   string     `toml:"target"`
+	LogLevel slog.Level `toml:"log_level"`
+
+	Pool        PoolConfig        `toml:"pool"`
+	Snapshotter SnapshotterConfig `toml:"snapshotter"`
+	Metrics     MetricsConfig     `toml:"metrics"`
+}
+
+// PoolConfig describes the lvol store. Everything but IO matters only when the pool
+// is created.
+type PoolConfig struct {
+	// Device is a block device to use instead of the file <root>/pool/data.
+	Device string `toml:"device"`
+	// Capacity of the (sparse) file; 0 takes the size of the file system it is on.
+	Capacity Size `toml:"capacity"`
+	Cluster  Size `toml:"cluster"`
+	// IO is "file" (pread and pwrite) or "uring" (io_uring where the kernel allows
+	// it, else file).
+	IO string `toml:"io"`
+}
+
+// SnapshotterConfig describes the containerd snapshotter.
+type SnapshotterConfig struct {
+	// AttachTimeout bounds how long a remote Prepare may take before the image is
+	// unpacked the ordinary way.
+	AttachTimeout Duration `toml:"attach_timeout"`
+	// WritableSize is the size of a container's block-level writable layer over an
+	// EROFS block; over ext4 it is the block's own virtual size.
+	WritableSize Size `toml:"writable_size"`
+	// AsyncRemove defers the deletion of directories to Cleanup.
+	AsyncRemove bool `toml:"async_remove"`
+}
+
+// MetricsConfig describes the metrics listener; <run>/metrics.sock always exists.
+type MetricsConfig struct {
+	// Address is a TCP address such as "127.0.0.1:9477", off when empty.
+	Address string `toml:"address"`
+}
+
+// DefaultConfig is the configuration without a file.
+func DefaultConfig() Config {
+	return Config{
+		Root:     DefaultRoot,
+		Run:      DefaultRun,
+		Target:   "local",
+		LogLevel: slog.LevelInfo,
+		Pool:     PoolConfig{Cluster: 64 << 10, IO: "file"},
+		Snapshotter: SnapshotterConfig{
+			AttachTimeout: Duration(10 * time.Second),
+			WritableSize:  20 << 30,
+		},
+	}
+}
+
+// LoadConfig reads the TOML file at path over the defaults; unknown keys are errors.
+// With path empty the file at DefaultConfigPath is read if it exists.
+func LoadConfig(path string) (Config, error) {
+	config := DefaultConfig()
+	optional := path == ""
+	if optional {
+		path = DefaultConfigPath
+	}
+	f, err := os.Open(path)
+	if optional && errors.Is(err, fs.ErrNotExist) {
+		return config, nil
+	}
+	if err != nil {
+		return Config{}, fmt.Errorf("read configuration: %w", err)
+	}
+	defer f.Close()
+	if err := toml.NewDecoder(f).DisallowUnknownFields().Decode(&config); err != nil {
+		var strict *toml.StrictMissingError
+		if errors.As(err, &strict) {
+			return Config{}, kind.Errorf(kind.Invalid, "configuration %s has keys that do not exist:\n%s", path, strict.String())
+		}
+		var decode *toml.DecodeError
+		if errors.As(err, &decode) {
+			row, _ := decode.Position()
+			return Config{}, kind.Errorf(kind.Invalid, "configuration %s, line %d: %w\n%s", path, row, err, decode.String())
+		}
+		return Config{}, kind.Errorf(kind.Invalid, "configuration %s: %w", path, err)
+	}
+	return config, nil
+}
+
+var targetName = regexp.MustCompile(`^[a-z0-9.-]{1,64}$`)
+
+// Validate checks the configuration once, before anything starts, and makes its
+// paths absolute.
+func (c *Config) Validate() error {
+	for _, p := range []*string{&c.Root, &c.Run} {
+		if *p == "" {
+			return kind.Errorf(kind.Invalid, "root and run directories must be set")
+		}
+		abs, err := filepath.Abs(*p)
+		if err != nil {
+			return kind.Errorf(kind.Invalid, "path %s: %w", *p, err)
+		}
+		*p = abs
+	}
+	// Unix socket paths are limited to 107 bytes (sun_path, unix(7)).
+	if len(c.Paths().SnapshotterSocket) > 107 {
+		return kind.Errorf(kind.Invalid, "run directory %s is too long: sockets in it would exceed 107 bytes", c.Run)
+	}
+	if !targetName.MatchString(c.Target) {
+		return kind.Errorf(kind.Invalid, "target %.80q: must be 1 to 64 of a-z 0-9 . -", c.Target)
+	}
+	if s := int64(c.Pool.Cluster); s < 16<<10 || s > 4<<20 || s&(s-1) != 0 {
+		return kind.Errorf(kind.Invalid, "pool.cluster of %d bytes: must be a power of two from 16KiB to 4MiB", s)
+	}
+	switch c.Pool.IO {
+	case "file", "uring":
+	default:
+		return kind.Errorf(kind.Invalid, "pool.io %.40q: must be file or uring", c.Pool.IO)
+	}
+	if c.Pool.Device != "" && c.Pool.Capacity != 0 {
+		return kind.Errorf(kind.Invalid, "pool.capacity is the size of a file; with pool.device the device's size counts")
+	}
+	if s := c.Snapshotter.WritableSize; s < 64<<20 || s > 16<<40 || s%(1<<20) != 0 {
+		return kind.Errorf(kind.Invalid, "snapshotter.writable_size of %d bytes: must be whole MiB from 64MiB to 16TiB", s)
+	}
+	return nil
+}
+
+// Paths names every file and directory the server uses: docs/architecture.md.
+type Paths struct {
+	RootLock, RunLock                                   string
+	Pool, AttacherDB, ImagemgmtDB, Snapshotter, Mounts  string
+	Socket, SnapshotterSocket, KeeperSocket, MetricSock string
+	Dev, FuseState                                      string
+}
+
+// Paths returns the paths under the root and run directories.
+func (c *Config) Paths() Paths {
+	root := func(s string) string { return filepath.Join(c.Root, s) }
+	run := func(s string) string { return filepath.Join(c.Run, s) }
+	return Paths{
+		RootLock: root("lock"), RunLock: run("lock"),
+		Pool: root("pool"), AttacherDB: root("attacher.db"), ImagemgmtDB: root("imagemgmt.db"),
+		Snapshotter: root("snapshotter"), Mounts: root("mnt"),
+		Socket: run("thaw.sock"), SnapshotterSocket: run("snapshotter.sock"),
+		KeeperSocket: run("keeper.sock"), MetricSock: run("metrics.sock"),
+		Dev: run("dev"), FuseState: run("fuse.json"),
+	}
+}
+
+// PrintConfig writes the configuration in force as TOML.
+func PrintConfig(w io.Writer, config Config) error {
+	return toml.NewEncoder(w).Encode(config)
+}

@@ -1,0 +1,117 @@
+package daemon
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/thaw-project/thaw/kind"
+)
+
+func load(t *testing.T, text string) (Config, error) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := LoadConfig(path)
+	if err == nil {
+		err = c.Validate()
+	}
+	return c, err
+}
+
+func TestConfigOverDefaults(t *testing.T) {
+	c, err := load(t, `
+root = "/srv/thaw"
+log_level = "DEBUG"
+[pool]
+capacity = "200GiB"
+[snapshotter]
+attach_timeout = "3s"
+`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Root != "/srv/thaw" || c.Run != DefaultRun || c.Pool.Capacity != 200<<30 || c.Pool.Cluster != 64<<10 ||
+		time.Duration(c.Snapshotter.AttachTimeout) != 3*time.Second || c.LogLevel.String() != "DEBUG" {
+		t.Fatalf("%+v", c)
+	}
+}
+
+func TestConfigRefuses(t *testing.T) {
+	for name, tc := range map[string]struct{ text, says string }{
+		"unknown key":     {"rot = \"/x\"", "rot"},
+		"unknown table":   {"[poool]\ncapacity = \"1GiB\"", "poool"},
+		"not TOML":        {"root = ", "line 1"},
+		"bad size":        {"[pool]\ncapacity = \"many\"", "20GiB"},
+		"negative size":   {"[pool]\ncapacity = \"-5\"", "20GiB"},
+		"bad duration":    {"[snapshotter]\nattach_timeout = \"soon\"", "10s"},
+		"bad cluster":     {"[pool]\ncluster = \"100KiB\"", "power of two"},
+		"bad io":          {"[pool]\nio = \"magic\"", "uring"},
+		"bad target":      {"target = \"a b\"", "target"},
+		"long run":        {"run = \"/" + strings.Repeat("x", 120) + "\"", "107"},
+		"device and size": {"[pool]\ndevice = \"/dev/sdx\"\ncapacity = \"1GiB\"", "pool.device"},
+		"level":           {"log_level = \"loud\"", "log_level"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := load(t, tc.text)
+			if err == nil || kind.Of(err) != kind.Invalid || !strings.Contains(err.Error(), tc.says) {
+				t.Fatalf("got %v (kind %q), want kind invalid and %q", err, kind.Of(err), tc.says)
+			}
+		})
+	}
+}
+
+func TestPrintedConfigReadsBack(t *testing.T) {
+	want := DefaultConfig()
+	want.Pool.Capacity = 3 << 30
+	var text bytes.Buffer
+	if err := PrintConfig(&text, want); err != nil {
+		t.Fatal(err)
+	}
+	got, err := load(t, text.String())
+	if err != nil {
+		t.Fatalf("%v in\n%s", err, text.String())
+	}
+	if got != want {
+		t.Fatalf("got %+v\nwant %+v", got, want)
+	}
+}
+
+func TestMissingConfigFileIsAnErrorOnlyWhenNamed(t *testing.T) {
+	if _, err := LoadConfig(filepath.Join(t.TempDir(), "none.toml")); kind.Of(err) != kind.NotFound {
+		t.Fatalf("got %v", err)
+	}
+}
+
+func TestSecondServerIsToldWhoHoldsTheLock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "root", "lock")
+	first, err := lock(path, "root")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	_, err = lock(path, "root")
+	if kind.Of(err) != kind.InUse || !strings.Contains(err.Error(), "--root") {
+		t.Fatalf("got %v", err)
+	}
+}
+
+func TestSocketsAreForRootAlone(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s.sock")
+	for range 2 { // the second finds the first one's file
+		l, err := listenUnix(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		st, err := os.Stat(path)
+		if err != nil || st.Mode().Perm() != 0o600 {
+			t.Fatalf("mode %v, %v", st.Mode(), err)
+		}
+		defer l.Close()
+	}
+}

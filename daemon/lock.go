@@ -1,0 +1,38 @@
+package daemon
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/thaw-project/thaw/kind"
+)
+
+// lock takes an exclusive lock on path for the life of the process. The file holds
+// the owner's pid, for the message a second server prints.
+func lock(path, what string) (*os.File, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, fmt.Errorf("create %s directory: %w", what, err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock %s directory: %w", what, err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		defer f.Close()
+		pid, _ := os.ReadFile(path)
+		return nil, kind.Errorf(kind.InUse, "another thaw server (pid %s) uses %s: stop it, or choose another --%s",
+			strings.TrimSpace(string(pid)), filepath.Dir(path), what)
+	}
+	if err := f.Truncate(0); err == nil {
+		_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("write %s: %w", path, err)
+	}
+	return f, nil
+}
