@@ -1,0 +1,221 @@
+// Package archtest holds the rules that the design makes about the code itself: who
+// may import whom, what packages may be called, how long files may be.
+package archtest
+
+import (
+	"bufio"
+	"encoding/json"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/thaw-project/thaw"
+
+type pkg struct {
+	ImportPath   string
+	Name         string
+	Dir          string
+	Doc          string
+	GoFiles      []string
+	TestGoFiles  []string
+	XTestGoFiles []string
+	Imports      []string
+	Deps         []string
+	Standard     bool
+}
+
+func list(t *testing.T) []pkg {
+	t.Helper()
+	c := exec.Command("go", "list", "-e", "-json=ImportPath,Name,Dir,Doc,GoFiles,TestGoFiles,XTestGoFiles,Imports,Deps", module+"/...")
+	c.Stderr = os.Stderr
+	out, err := c.Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	var packages []pkg
+	d := json.NewDecoder(strings.NewReader(string(out)))
+	for {
+		var p pkg
+		if err := d.Decode(&p); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		packages = append(packages, p)
+	}
+	if len(packages) < 10 {
+		t.Fatalf("go list found %d packages of the module", len(packages))
+	}
+	return packages
+}
+
+// rule forbids packages of the module below From to import, directly or through
+// others, what is below one of Forbid. Paths without a dot in the first element are
+// of this module.
+type rule struct {
+	from   string
+	direct bool // only direct imports count: the seam in between is what is allowed
+	except []string
+	forbid []string
+	why    string
+}
+
+var rules = []rule{
+	{from: "lvol", forbid: []string{"google.golang.org/grpc", "k8s.io", "github.com/containerd/containerd", "github.com/google/go-containerregistry"},
+		why: "the store knows bytes and volumes, not who asks for them"},
+	{from: "lvol", forbid: []string{"qcow2", "target", "node", "image", "attacher", "daemon"}, why: "the store is at the bottom"},
+	{from: "qcow2", forbid: []string{"google.golang.org/grpc", "k8s.io", "github.com/containerd/containerd", "lvol", "node", "image", "attacher"},
+		why: "a file format knows its file and its backing device"},
+	{from: "redo", forbid: []string{"google.golang.org/grpc", "github.com/containerd/containerd", "lvol", "qcow2", "node"}, why: "a log knows records"},
+	{from: "target/bdev", forbid: []string{"google.golang.org/grpc", "lvol", "qcow2", "node"}, why: "the interface knows no implementation"},
+	{from: "node/present", direct: true, forbid: []string{"lvol", "qcow2", "attacher", "node/snapshotter", "node/imagemgmt", "image"},
+		why: "front-ends see only interfaces of target/bdev"},
+	{from: "target/nvmf", direct: true, forbid: []string{"lvol", "qcow2", "attacher"}, why: "front-ends see only interfaces of target/bdev"},
+	{from: "target/nbd", direct: true, forbid: []string{"lvol", "qcow2", "attacher"}, why: "front-ends see only interfaces of target/bdev"},
+	{from: "target/ublk", direct: true, forbid: []string{"lvol", "qcow2", "attacher"}, why: "front-ends see only interfaces of target/bdev"},
+	{from: "node/snapshotter", direct: true, forbid: []string{"lvol", "attacher", "target", "node/present/fuse", "image/convert"},
+		why: "the snapshotter asks image-mgmt for disks and must not know the storage side"},
+	{from: "node/imagemgmt", forbid: []string{"github.com/containerd/containerd", "node/snapshotter", "image/convert"},
+		why: "image-mgmt knows disks, not containers"},
+	{from: "image", direct: true, forbid: []string{"lvol", "qcow2", "node/snapshotter", "node/imagemgmt", "node/present/fuse", "daemon"},
+		why: "conversion speaks to the storage side through the attacher only"},
+	{from: "attacher", direct: true, forbid: []string{"node/snapshotter", "node/imagemgmt", "image/convert", "daemon"},
+		why: "the attacher knows blocks and exports, not nodes or images"},
+	{from: "operator", forbid: []string{"lvol", "qcow2", "target", "node", "attacher", "image", "daemon"}, why: "the operator sees only api"},
+	{from: "api", forbid: []string{"lvol", "qcow2", "target", "node", "attacher", "image", "daemon"}, why: "contracts know no implementation"},
+	{from: "", except: []string{"cmd", "e2e", "bench"}, forbid: []string{"daemon"}, direct: true, why: "only commands and end-to-end tests see the whole"},
+	{from: "", except: []string{"e2e", "bench"}, forbid: []string{"e2e", "bench"}, why: "test programs are no part of the product"},
+	{from: "cmd", forbid: []string{"testing", "github.com/stretchr/testify"}, why: "test code does not belong in the binary"},
+}
+
+// below reports whether path is dir or lies below it.
+func below(path, dir string) bool {
+	if !strings.Contains(strings.SplitN(dir, "/", 2)[0], ".") && dir != "testing" {
+		dir = strings.TrimSuffix(module+"/"+dir, "/")
+	}
+	return path == dir || strings.HasPrefix(path, dir+"/")
+}
+
+func anyBelow(path string, dirs []string) bool {
+	for _, d := range dirs {
+		if below(path, d) {
+			return true
+		}
+	}
+	return false
+}
+
+func TestImports(t *testing.T) {
+	for _, p := range list(t) {
+		for _, r := range rules {
+			if !below(p.ImportPath, r.from) || anyBelow(p.ImportPath, r.except) || r.from == "" && p.ImportPath == module {
+				continue
+			}
+			imports := p.Deps
+			if r.direct {
+				imports = p.Imports
+			}
+			for _, i := range imports {
+				// A package may import its own kind: lvol/device imports lvol.
+				if anyBelow(i, r.forbid) && !(r.from != "" && below(i, r.from)) {
+					t.Errorf("%s imports %s: %s", strings.TrimPrefix(p.ImportPath, module+"/"), strings.TrimPrefix(i, module+"/"), r.why)
+				}
+			}
+		}
+	}
+}
+
+// TestRulesCanFail proves that a rule sees a forbidden import.
+func TestRulesCanFail(t *testing.T) {
+	if !anyBelow(module+"/lvol/device", []string{"lvol"}) || !anyBelow("google.golang.org/grpc/codes", []string{"google.golang.org/grpc"}) {
+		t.Error("an import below a forbidden path is not seen")
+	}
+	if anyBelow(module+"/lvolume", []string{"lvol"}) || anyBelow("google.golang.org/grpcx", []string{"google.golang.org/grpc"}) {
+		t.Error("an import beside a forbidden path is taken for one below")
+	}
+}
+
+func TestPackages(t *testing.T) {
+	forbidden := map[string]bool{"util": true, "utils": true, "common": true, "types": true, "helper": true, "helpers": true, "misc": true, "base": true}
+	for _, p := range list(t) {
+		if forbidden[p.Name] {
+			t.Errorf("package %s: the name says nothing of what it is for", p.ImportPath)
+		}
+		if p.Doc == "" && len(p.GoFiles) > 0 && !generated(t, p) {
+			t.Errorf("package %s has no package comment: say what it is for and what it must not know", p.ImportPath)
+		}
+	}
+}
+
+func generated(t *testing.T, p pkg) bool {
+	for _, f := range p.GoFiles {
+		file, err := parser.ParseFile(token.NewFileSet(), filepath.Join(p.Dir, f), nil, parser.ParseComments|parser.PackageClauseOnly)
+		if err != nil {
+			t.Error(err)
+			return true
+		}
+		if !ast.IsGenerated(file) {
+			return false
+		}
+	}
+	return true
+}
+
+const maxFileLines = 1200
+
+func TestFiles(t *testing.T) {
+	for _, p := range list(t) {
+		files := append(append(append([]string{}, p.GoFiles...), p.TestGoFiles...), p.XTestGoFiles...)
+		for _, name := range files {
+			path := filepath.Join(p.Dir, name)
+			set := token.NewFileSet()
+			file, err := parser.ParseFile(set, path, nil, parser.ParseComments)
+			if err != nil {
+				t.Error(err)
+				continue
+			}
+			if ast.IsGenerated(file) {
+				continue
+			}
+			if n := countLines(t, path); n > maxFileLines {
+				t.Errorf("%s has %d lines, more than %d", path, n, maxFileLines)
+			}
+			checkSkips(t, set, file)
+		}
+	}
+}
+
+func countLines(t *testing.T, path string) (n int) {
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for s := bufio.NewScanner(f); s.Scan(); {
+		n++
+	}
+	return n
+}
+
+// checkSkips wants every skipped test to say why.
+func checkSkips(t *testing.T, set *token.FileSet, file *ast.File) {
+	ast.Inspect(file, func(n ast.Node) bool {
+		call, ok := n.(*ast.CallExpr)
+		if !ok {
+			return true
+		}
+		if s, ok := call.Fun.(*ast.SelectorExpr); ok && (s.Sel.Name == "SkipNow" || s.Sel.Name == "Skip" && len(call.Args) == 0) {
+			if x, ok := s.X.(*ast.Ident); ok && (x.Name == "t" || x.Name == "b" || x.Name == "f") {
+				t.Errorf("%s: a test is skipped without saying why", set.Position(call.Pos()))
+			}
+		}
+		return true
+	})
+}

@@ -1,0 +1,211 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/thaw-project/thaw/image/convert"
+)
+
+// Thaw is a thaw server with folders of its own.
+type Thaw struct {
+	Root string
+	Run  string
+	*Process
+
+	lab  *Lab
+	name string
+	args []string
+}
+
+// StartThaw starts thaw server with empty folders and waits until it serves.
+// Further arguments are passed on.
+func (l *Lab) StartThaw(ctx context.Context, args ...string) (*Thaw, error) {
+	program := filepath.Join(l.Bin, "thaw")
+	if !fileExists(program) {
+		return nil, fmt.Errorf("%s is missing: run make build", program)
+	}
+	name := fmt.Sprintf("t%d", labNumber.Add(1))
+	root, err := l.Path(name, "root")
+	if err != nil {
+		return nil, err
+	}
+	t := &Thaw{Root: root, Run: filepath.Join(l.Dir, name, "run"), lab: l, name: name}
+	t.args = append([]string{program, "server", "--root", t.Root, "--run", t.Run}, args...)
+	if err := t.Start(ctx); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// SnapshotterSocket is where containerd finds the snapshotter.
+func (t *Thaw) SnapshotterSocket() string { return filepath.Join(t.Run, "snapshotter.sock") }
+
+// Start starts the server on its folders and waits until its snapshotter answers.
+func (t *Thaw) Start(ctx context.Context) error {
+	process, err := t.lab.Start(Spec{Name: t.name, Args: t.args})
+	if err != nil {
+		return err
+	}
+	t.Process = process
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if err := poll(ctx, 10*time.Millisecond, process.alive, t.answers); err != nil {
+		return fmt.Errorf("start thaw server: %w; the end of its log:\n%s", err, process.Log(4096))
+	}
+	return nil
+}
+
+func (t *Thaw) answers(ctx context.Context) error {
+	// A dead server's socket file refuses at once; gRPC would try again later.
+	raw, err := net.Dial("unix", t.SnapshotterSocket())
+	if err != nil {
+		return err
+	}
+	raw.Close()
+	s, closeSnapshotter, err := t.Snapshotter()
+	if err != nil {
+		return err
+	}
+	defer closeSnapshotter()
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, Namespace), 5*time.Second)
+	defer cancel()
+	return s.Walk(ctx, func(context.Context, snapshots.Info) error { return nil })
+}
+
+// Snapshotter returns the server's snapshotter as containerd sees it, and a function
+// that ends the connection.
+func (t *Thaw) Snapshotter() (snapshots.Snapshotter, func(), error) {
+	connection, err := grpc.NewClient("unix://"+t.SnapshotterSocket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, nil, err
+	}
+	s := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(connection), "thaw")
+	return s, func() { connection.Close() }, nil
+}
+
+// WaitNoSnapshots waits until the snapshotter has no snapshot left: containerd removes
+// those of a removed image some time after it says so.
+func (t *Thaw) WaitNoSnapshots(ctx context.Context) error {
+	s, closeSnapshotter, err := t.Snapshotter()
+	if err != nil {
+		return err
+	}
+	defer closeSnapshotter()
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, Namespace), 30*time.Second)
+	defer cancel()
+	err = poll(ctx, 20*time.Millisecond, t.alive, func(ctx context.Context) error {
+		var names []string
+		if err := s.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+			names = append(names, info.Name)
+			return nil
+		}); err != nil {
+			return err
+		}
+		if len(names) > 0 {
+			return fmt.Errorf("%d snapshots are left: %s", len(names), strings.Join(names, " "))
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("wait until containerd removed its snapshots: %w", err)
+	}
+	return nil
+}
+
+// KillAndRestart ends the server with SIGKILL and starts it again.
+func (t *Thaw) KillAndRestart(ctx context.Context) error {
+	t.Process.Kill()
+	return t.Start(ctx)
+}
+
+// KeeperPids returns the server's keeper processes.
+func (t *Thaw) KeeperPids() []int { return t.lab.Pids("thaw keeper --socket " + t.Run) }
+
+// Shutdown stops the server for good, and takes away what outlives it on purpose: the
+// keeper, the presentation and the mounts on it.
+func (t *Thaw) Shutdown(ctx context.Context) error {
+	if err := t.Process.Stop(); err != nil {
+		return err
+	}
+	_, err := t.Do(ctx, "server", "teardown")
+	return err
+}
+
+// Command returns a thaw command that speaks to this server. Not for server and
+// keeper.
+func (t *Thaw) Command(ctx context.Context, args ...string) *exec.Cmd {
+	return t.lab.Command(ctx, "thaw", append(args, "--root", t.Root, "--run", t.Run)...)
+}
+
+// Do runs a thaw command and returns its standard output; an error holds what it
+// printed on standard error.
+func (t *Thaw) Do(ctx context.Context, args ...string) ([]byte, error) {
+	c := t.Command(ctx, args...)
+	var stderr bytes.Buffer
+	c.Stderr = &stderr
+	out, err := c.Output()
+	if err != nil {
+		return out, fmt.Errorf("thaw %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
+	}
+	return out, nil
+}
+
+// Converted is what thaw image convert --json prints, and how long the command took.
+type Converted struct {
+	convert.Result
+	Took time.Duration
+}
+
+// WrittenBytes is what the conversion added to the store, data only.
+func (c *Converted) WrittenBytes() (n int64) {
+	for _, image := range c.Images {
+		for _, l := range image.Layers {
+			n += l.WrittenBytes
+		}
+	}
+	return n
+}
+
+// Convert converts source to destination, both in plain HTTP registries.
+func (t *Thaw) Convert(ctx context.Context, source, destination, mode, filesystem string, more ...string) (*Converted, error) {
+	args := []string{"image", "convert", source, destination, "--mode", mode, "--plain-http", "--json", "--quiet"}
+	if filesystem != "" {
+		args = append(args, "--filesystem", filesystem)
+	}
+	start := time.Now()
+	out, err := t.Do(ctx, append(args, more...)...)
+	if err != nil {
+		return nil, err
+	}
+	converted := &Converted{Took: time.Since(start)}
+	if err := json.Unmarshal(out, &converted.Result); err != nil {
+		return nil, fmt.Errorf("thaw image convert --json printed %.200q: %w", out, err)
+	}
+	return converted, nil
+}
+
+// CheckStore runs thaw lvol check and returns an error unless the store is clean. It
+// works while the server runs and when it does not.
+func (t *Thaw) CheckStore(ctx context.Context, args ...string) error {
+	out, err := t.Do(ctx, append([]string{"lvol", "check"}, args...)...)
+	if err != nil {
+		return errors.Join(err, errors.New(string(out)))
+	}
+	return nil
+}
