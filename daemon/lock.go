@@ -23,7 +23,10 @@ func lock(path, what string) (*os.File, error) {
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		defer f.Close()
-		pid, _ := os.ReadFile(path)
+		pid, readErr := os.ReadFile(path)
+		if readErr != nil {
+			pid = []byte("unknown")
+		}
 		return nil, kind.Errorf(kind.InUse, "another thaw server (pid %s) uses %s: stop it, or choose another --%s",
 			strings.TrimSpace(string(pid)), filepath.Dir(path), what)
 	}

@@ -91,11 +91,11 @@ func (l *modelLvol) write(off int64, p []byte) {
 
 // op is one operation on a pool.
 type op struct {
-	verb       string
-	name, to   string
-	off, n     int64
-	seed       uint64 // of the data written
-	cut, whole bool   // how a "reopen" happens
+	verb     string
+	name, to string
+	off, n   int64
+	seed     uint64 // of the data written
+	cut      bool   // a "reopen" is a power loss
 }
 
 func (o op) String() string {

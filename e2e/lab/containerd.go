@@ -19,11 +19,10 @@ type Containerd struct {
 	Client *client.Client
 	*Process
 
-	lab    *Lab
-	name   string
-	args   []string
-	env    []string
-	config string
+	lab  *Lab
+	name string
+	args []string
+	env  []string
 }
 
 // ContainerdOptions say how a containerd runs.

@@ -38,7 +38,7 @@ func (s *Snapshotter) prepareRemote(ctx context.Context, target, key, parent str
 	var exists, elsewhere bool
 	var parentFellBack string
 	err = s.view(ctx, func(ctx context.Context, r records) error {
-		id, info, _, err := storage.GetInfo(ctx, target)
+		_, info, _, err := storage.GetInfo(ctx, target)
 		if err == nil && info.Kind == snapshots.KindCommitted {
 			exists, elsewhere = info.Parent == parent, info.Parent != parent
 		} else if err != nil && !errdefs.IsNotFound(err) {
@@ -47,7 +47,8 @@ func (s *Snapshotter) prepareRemote(ctx context.Context, target, key, parent str
 		if parent == "" {
 			return nil
 		}
-		if id, _, _, err = storage.GetInfo(ctx, parent); err != nil {
+		id, _, _, err := storage.GetInfo(ctx, parent)
+		if err != nil {
 			return fmt.Errorf("parent snapshot %q: %w", parent, err)
 		}
 		rec, err := r.get(id)
