@@ -30,7 +30,8 @@ func lock(path, what string) (*os.File, error) {
 		return nil, kind.Errorf(kind.InUse, "another thaw server (pid %s) uses %s: stop it, or choose another --%s",
 			strings.TrimSpace(string(pid)), filepath.Dir(path), what)
 	}
-	if err := f.Truncate(0); err == nil {
+	err = f.Truncate(0)
+	if err == nil {
 		_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
 	}
 	if err != nil {
