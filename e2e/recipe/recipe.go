@@ -83,6 +83,12 @@ func (b *Builder) Build(ctx context.Context, r Recipe) (v1.Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	// apt-get and mount want absolute paths.
+	cache, err := filepath.Abs(b.Cache)
+	if err != nil {
+		return nil, err
+	}
+	b = &Builder{Cache: cache, Log: b.Log}
 	if err := os.MkdirAll(b.Cache, 0o755); err != nil {
 		return nil, err
 	}
