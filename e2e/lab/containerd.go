@@ -186,6 +186,13 @@ func (c *Containerd) KillAndRestart(ctx context.Context) error {
 	return c.start(ctx)
 }
 
+// Start starts a killed containerd again. Until then calls of the dead one's client
+// fail; afterwards Client is a new one.
+func (c *Containerd) Start(ctx context.Context) error {
+	c.Client.Close()
+	return c.start(ctx)
+}
+
 // Stop ends containerd; containers and their shims go on.
 func (c *Containerd) Stop() error {
 	if c.Client != nil {

@@ -31,11 +31,19 @@ type Thaw struct {
 	lab  *Lab
 	name string
 	args []string
+	env  []string
 }
 
 // StartThaw starts thaw server with empty folders and waits until it serves.
 // Further arguments are passed on.
 func (l *Lab) StartThaw(ctx context.Context, args ...string) (*Thaw, error) {
+	return l.StartThawAs(ctx, nil, nil, args...)
+}
+
+// StartThawAs is StartThaw with a command before the program, which must execute it
+// in its own place, and variables added to the environment: what a service manager
+// does to a process before it starts it.
+func (l *Lab) StartThawAs(ctx context.Context, before, env []string, args ...string) (*Thaw, error) {
 	program := filepath.Join(l.Bin, "thaw")
 	if !fileExists(program) {
 		return nil, fmt.Errorf("%s is missing: run make build", program)
@@ -45,8 +53,9 @@ func (l *Lab) StartThaw(ctx context.Context, args ...string) (*Thaw, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &Thaw{Root: root, Run: filepath.Join(l.Dir, name, "run"), lab: l, name: name}
-	t.args = append([]string{program, "server", "--root", t.Root, "--run", t.Run}, args...)
+	t := &Thaw{Root: root, Run: filepath.Join(l.Dir, name, "run"), lab: l, name: name, env: env}
+	t.args = append(append([]string{}, before...), program, "server", "--root", t.Root, "--run", t.Run)
+	t.args = append(t.args, args...)
 	if err := t.Start(ctx); err != nil {
 		return nil, err
 	}
@@ -58,11 +67,21 @@ func (t *Thaw) SnapshotterSocket() string { return filepath.Join(t.Run, "snapsho
 
 // Start starts the server on its folders and waits until its snapshotter answers.
 func (t *Thaw) Start(ctx context.Context) error {
-	process, err := t.lab.Start(Spec{Name: t.name, Args: t.args})
-	if err != nil {
+	if err := t.Launch(); err != nil {
 		return err
 	}
-	t.Process = process
+	return t.WaitReady(ctx)
+}
+
+// Launch starts the server on its folders and does not wait.
+func (t *Thaw) Launch() (err error) {
+	t.Process, err = t.lab.Start(Spec{Name: t.name, Args: t.args, Env: t.env})
+	return err
+}
+
+// WaitReady waits until the server's snapshotter answers.
+func (t *Thaw) WaitReady(ctx context.Context) error {
+	process := t.Process
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	if err := poll(ctx, 10*time.Millisecond, process.alive, t.answers); err != nil {

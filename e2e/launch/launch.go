@@ -43,6 +43,9 @@ type Node struct {
 	// Classic pulls with the client's own code, as containerd 1.x does, and not
 	// with the transfer service.
 	Classic bool
+
+	// Spec is added to what containers are made with.
+	Spec []oci.SpecOpts
 }
 
 func (n *Node) context(ctx context.Context) context.Context {
@@ -118,6 +121,7 @@ func (n *Node) Create(ctx context.Context, id string, image client.Image, args .
 		oci.WithEnv([]string{"PORT=" + strconv.Itoa(port)}),
 		oci.WithCgroup(n.Lab.Cgroup(id)),
 	}
+	options = append(options, n.Spec...)
 	logFile, err := n.Lab.Path("log", "container-"+id+".log")
 	if err != nil {
 		return nil, err
@@ -129,15 +133,82 @@ func (n *Node) Create(ctx context.Context, id string, image client.Image, args .
 	if err != nil {
 		return nil, fmt.Errorf("create container %s: %w", id, err)
 	}
-	container.task, err = container.c.NewTask(ctx, cio.LogFile(logFile))
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("create task %s: %w", id, err), container.Delete(ctx))
-	}
-	container.exited, err = container.task.Wait(ctx)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("wait for task %s: %w", id, err), container.Delete(ctx))
+	if err := container.newTask(ctx); err != nil {
+		return nil, errors.Join(err, container.Delete(ctx))
 	}
 	return container, nil
+}
+
+func (c *Container) newTask(ctx context.Context) (err error) {
+	if c.task, err = c.c.NewTask(ctx, cio.LogFile(c.logFile)); err != nil {
+		return fmt.Errorf("create task %s: %w", c.ID, err)
+	}
+	if c.exited, err = c.task.Wait(ctx); err != nil {
+		return fmt.Errorf("wait for task %s: %w", c.ID, err)
+	}
+	return nil
+}
+
+// Reload finds the container's task again, after containerd was started anew.
+func (c *Container) Reload(ctx context.Context) (err error) {
+	ctx = c.node.context(ctx)
+	if c.c, err = c.node.Containerd.Client.LoadContainer(ctx, c.ID); err != nil {
+		return fmt.Errorf("load container %s: %w", c.ID, err)
+	}
+	if c.task, err = c.c.Task(ctx, nil); err != nil {
+		return fmt.Errorf("load task %s: %w", c.ID, err)
+	}
+	if c.exited, err = c.task.Wait(ctx); err != nil {
+		return fmt.Errorf("wait for task %s: %w", c.ID, err)
+	}
+	return nil
+}
+
+// Stop kills the container's process and unmounts its file system, which stays as
+// it is for Restart.
+func (c *Container) Stop(ctx context.Context) error {
+	if _, err := c.task.Delete(c.node.context(ctx), client.WithProcessKill); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("delete task %s: %w", c.ID, err)
+	}
+	return nil
+}
+
+// Restart mounts a stopped container's file system again and starts its process.
+func (c *Container) Restart(ctx context.Context) error {
+	if err := c.newTask(c.node.context(ctx)); err != nil {
+		return err
+	}
+	return c.Start(ctx)
+}
+
+// Pid is the container's process as the host sees it.
+func (c *Container) Pid() int { return int(c.task.Pid()) }
+
+// Log returns at most n bytes from the end of what the container printed.
+func (c *Container) Log(n int) string {
+	log, _ := os.ReadFile(c.logFile)
+	return string(lastBytes(log, n))
+}
+
+// Remove removes the container of that id with all that belongs to it, whatever an
+// interrupted call left of it.
+func (n *Node) Remove(ctx context.Context, id string) error {
+	ctx = n.context(ctx)
+	c := &Container{ID: id, node: n}
+	var err error
+	if c.c, err = n.Containerd.Client.LoadContainer(ctx, id); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("load container %s: %w", id, err)
+	}
+	if err == nil {
+		if err := c.Delete(ctx); err != nil {
+			return err
+		}
+	}
+	err = n.Containerd.Client.SnapshotService(n.Snapshotter).Remove(ctx, id)
+	if err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("remove snapshot of %s: %w", id, err)
+	}
+	return nil
 }
 
 // Start starts the container's process.
