@@ -201,6 +201,35 @@ func residentBytes(pid int) (int64, error) {
 	return 0, fmt.Errorf("process %d has no memory", pid)
 }
 
+// clockTick is the unit of CPU times in /proc, USER_HZ, the same on every Linux that
+// Go runs on.
+const clockTick = 10 * time.Millisecond
+
+// CPU returns the CPU time, user and system, that the program used so far, without
+// that of programs it ran.
+func (p *Process) CPU() (time.Duration, error) {
+	path := fmt.Sprintf("/proc/%d/stat", p.Pid())
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	// The fields after the command's name, which may itself contain anything, begin
+	// with the third; user and system time are the 14th and 15th.
+	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
+	if len(fields) < 13 {
+		return 0, fmt.Errorf("%s: unexpected form", path)
+	}
+	var ticks int64
+	for _, f := range fields[11:13] {
+		n, err := strconv.ParseInt(f, 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("%s: %w", path, err)
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * clockTick, nil
+}
+
 // Pids returns the lab's processes whose command line contains match.
 func (l *Lab) Pids(match string) []int {
 	var pids []int

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -175,7 +176,10 @@ func (t *Thaw) Command(ctx context.Context, args ...string) *exec.Cmd {
 // Do runs a thaw command and returns its standard output; an error holds what it
 // printed on standard error.
 func (t *Thaw) Do(ctx context.Context, args ...string) ([]byte, error) {
-	c := t.Command(ctx, args...)
+	return output(t.Command(ctx, args...), args)
+}
+
+func output(c *exec.Cmd, args []string) ([]byte, error) {
 	var stderr bytes.Buffer
 	c.Stderr = &stderr
 	out, err := c.Output()
@@ -185,10 +189,12 @@ func (t *Thaw) Do(ctx context.Context, args ...string) ([]byte, error) {
 	return out, nil
 }
 
-// Converted is what thaw image convert --json prints, and how long the command took.
+// Converted is what thaw image convert --json prints, and what the command took.
 type Converted struct {
 	convert.Result
-	Took time.Duration
+	Took         time.Duration
+	CPU          time.Duration // user and system, of the command and what it ran; the server's is not in it
+	PeakRSSBytes int64         // of the command, the largest of it and what it ran
 }
 
 // WrittenBytes is what the conversion added to the store, data only.
@@ -207,12 +213,20 @@ func (t *Thaw) Convert(ctx context.Context, source, destination, mode, filesyste
 	if filesystem != "" {
 		args = append(args, "--filesystem", filesystem)
 	}
+	args = append(args, more...)
+	command := t.Command(ctx, args...)
 	start := time.Now()
-	out, err := t.Do(ctx, append(args, more...)...)
+	out, err := output(command, args)
 	if err != nil {
 		return nil, err
 	}
-	converted := &Converted{Took: time.Since(start)}
+	converted := &Converted{
+		Took: time.Since(start),
+		CPU:  command.ProcessState.UserTime() + command.ProcessState.SystemTime(),
+	}
+	if usage, ok := command.ProcessState.SysUsage().(*syscall.Rusage); ok {
+		converted.PeakRSSBytes = usage.Maxrss << 10
+	}
 	if err := json.Unmarshal(out, &converted.Result); err != nil {
 		return nil, fmt.Errorf("thaw image convert --json printed %.200q: %w", out, err)
 	}
