@@ -108,7 +108,13 @@ func (b *bench) pushLocked(t *testing.T, name string, image v1.Image) string {
 // not clean then, or something is left behind.
 func (b *bench) thaw(t *testing.T, args ...string) *lab.Thaw {
 	t.Helper()
-	s, err := b.lab.StartThaw(t.Context(), args...)
+	return b.thawAs(t, nil, nil, args...)
+}
+
+// thawAs is thaw with what lab.StartThawAs takes.
+func (b *bench) thawAs(t *testing.T, before, env []string, args ...string) *lab.Thaw {
+	t.Helper()
+	s, err := b.lab.StartThawAs(t.Context(), before, env, args...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -377,6 +378,25 @@ func containerProcesses(name string) []int {
 		}
 	}
 	return pids
+}
+
+// ContainerIDs returns, for each process in a container of the lab, the container's
+// id, in order.
+func (l *Lab) ContainerIDs() []string {
+	mark := cgroupRoot + "/" + l.name + "/"
+	var ids []string
+	for _, pid := range containerProcesses(l.name) {
+		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+		if err != nil {
+			continue // ended meanwhile
+		}
+		if _, after, found := strings.Cut(string(data), mark); found {
+			id, _, _ := strings.Cut(after, "\n")
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
 }
 
 // killAll kills the processes and waits until they are gone, ten seconds at most.

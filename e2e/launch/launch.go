@@ -96,6 +96,38 @@ func (n *Node) Collect(ctx context.Context) error {
 	return done(ctx)
 }
 
+// ReachesSnapshotter returns an error while containerd does not get an answer from
+// the snapshotter.
+func (n *Node) ReachesSnapshotter(ctx context.Context) error {
+	// Usage asks the snapshotter itself; Stat and Walk know most from metadata.
+	ctx = n.context(ctx)
+	s := n.Containerd.Client.SnapshotService(n.Snapshotter)
+	var name string
+	err := s.Walk(ctx, func(_ context.Context, info snapshots.Info) error { name = info.Name; return nil })
+	if err != nil || name == "" {
+		return err
+	}
+	_, err = s.Usage(ctx, name)
+	return err
+}
+
+// DropLeases removes all leases and waits until what they held is collected. A
+// containerd that was killed in a pull leaves one.
+func (n *Node) DropLeases(ctx context.Context) error {
+	ctx = n.context(ctx)
+	s := n.Containerd.Client.LeasesService()
+	list, err := s.List(ctx)
+	if err != nil {
+		return err
+	}
+	for _, l := range list {
+		if err := s.Delete(ctx, l); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	return n.Collect(ctx)
+}
+
 // Container is a container with its task.
 type Container struct {
 	ID      string
