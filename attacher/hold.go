@@ -360,7 +360,9 @@ func (a *Attacher) removeOneHeld(ctx context.Context, name, owner string) error 
 	if r, ok, err := lookup[exportRecord](a.db, exportsBucket, name); err != nil {
 		return err
 	} else if ok && r.Owner == owner {
-		if err := a.withdraw(ctx, name); err != nil {
+		// The kernel may still write out what a killed owner had mounted, which takes
+		// as long as the disk below takes.
+		if err := a.withdraw(ctx, name, endWait); err != nil {
 			return err
 		}
 	}
@@ -463,7 +465,7 @@ func (a *Attacher) export(ctx context.Context, name string, want exportRecord) (
 		if a.alive(have.Owner) {
 			return present.Disk{}, kind.Errorf(kind.InUse, "it is exported to %s", have.Owner)
 		}
-		if err := a.withdraw(ctx, name); err != nil {
+		if err := a.withdraw(ctx, name, withdrawWait); err != nil {
 			return present.Disk{}, err
 		}
 		ok = false
@@ -482,7 +484,7 @@ func (a *Attacher) export(ctx context.Context, name string, want exportRecord) (
 		if !ok {
 			cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), withdrawWait)
 			defer cancel()
-			if werr := a.withdraw(cleanup, name); werr != nil {
+			if werr := a.withdraw(cleanup, name, withdrawWait); werr != nil {
 				a.o.Logger.Warn("an export that failed may be left until its hold ends", "lvol", name, "error", werr)
 			}
 		}
@@ -517,16 +519,16 @@ func (a *Attacher) Unexport(ctx context.Context, r *attacherv1.UnexportRequest) 
 	if have.Owner != r.GetOwner() {
 		return nil, kind.Errorf(kind.InUse, "unexport lvol %s: it is exported to %s", name, have.Owner)
 	}
-	if err := a.withdraw(ctx, name); err != nil {
+	if err := a.withdraw(ctx, name, withdrawWait); err != nil {
 		return nil, err
 	}
 	return &attacherv1.UnexportResponse{}, nil
 }
 
-// withdraw takes an lvol's export away and then its record, waiting a little for a
+// withdraw takes an lvol's export away and then its record, waiting up to wait for a
 // kernel that has the disk open. The caller has the name locked.
-func (a *Attacher) withdraw(ctx context.Context, name string) error {
-	deadline := time.Now().Add(withdrawWait)
+func (a *Attacher) withdraw(ctx context.Context, name string, wait time.Duration) error {
+	deadline := time.Now().Add(wait)
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		err := a.o.Presenter.Withdraw(ctx, diskID(name))
 		if err == nil {

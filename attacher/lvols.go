@@ -92,7 +92,7 @@ func (a *Attacher) vacate(ctx context.Context, name, owner string) error {
 	if a.alive(have) {
 		return kind.Wrap(kind.Exists, a.heldError(name, have))
 	}
-	if err := a.withdraw(ctx, name); err != nil {
+	if err := a.withdraw(ctx, name, withdrawWait); err != nil {
 		return err
 	}
 	return a.deleteWork(ctx, name)

@@ -84,6 +84,17 @@ func TestReadWriteThroughTheMount(t *testing.T) {
 	if err != nil || len(names) != 2 || names[0].Name() != "block-1" || names[1].Name() != "rw" {
 		t.Fatalf("directory has %v, %v", names, err)
 	}
+	// What has changed since somebody listed the directory shows.
+	mustPresent(t, p, "block-3", ro, true)
+	if names, err = os.ReadDir(pl.dir); err != nil || len(names) != 3 {
+		t.Fatalf("after a third disk came: directory has %v, %v", names, err)
+	}
+	if err := p.Withdraw(ctx, "block-3"); err != nil {
+		t.Fatal(err)
+	}
+	if names, err = os.ReadDir(pl.dir); err != nil || len(names) != 2 {
+		t.Fatalf("after the third disk went: directory has %v, %v", names, err)
+	}
 	if err := os.Remove(d.Path); err == nil {
 		t.Fatal("a disk can be removed with unlink")
 	}

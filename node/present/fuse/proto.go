@@ -100,24 +100,24 @@ var bodyBytes = [opcodeCount]int{
 
 // Flags of INIT; those from bit 32 on travel in flags2.
 const (
-	flagAsyncRead        = 1 << 0
-	flagBigWrites        = 1 << 5
-	flagAsyncDIO         = 1 << 15
-	flagParallelDirops   = 1 << 18
-	flagAbortError       = 1 << 21
-	flagMaxPages         = 1 << 22
-	flagNoOpendirSupport = 1 << 24
-	flagExplicitInval    = 1 << 25
-	flagInitExt          = 1 << 30
-	flagHasResend        = 1 << 39
+	flagAsyncRead      = 1 << 0
+	flagBigWrites      = 1 << 5
+	flagAsyncDIO       = 1 << 15
+	flagParallelDirops = 1 << 18
+	flagAbortError     = 1 << 21
+	flagMaxPages       = 1 << 22
+	flagExplicitInval  = 1 << 25
+	flagInitExt        = 1 << 30
+	flagHasResend      = 1 << 39
 
 	// wantFlags is what we ask for where the kernel offers it. Left out on purpose:
 	// PASSTHROUGH, because the kernel then counts the mount as stacked and EROFS
 	// refuses to be mounted on its files; WRITEBACK_CACHE, because an acknowledged
 	// write must have reached the device; AUTO_INVAL_DATA, because nothing changes a
-	// file but its own writers; NO_OPEN_SUPPORT, because opens are counted.
+	// file but its own writers; NO_OPEN_SUPPORT, because opens are counted;
+	// NO_OPENDIR_SUPPORT, because the kernel then keeps old listings.
 	wantFlags = flagAsyncRead | flagBigWrites | flagAsyncDIO | flagParallelDirops | flagAbortError | flagMaxPages |
-		flagNoOpendirSupport | flagExplicitInval | flagInitExt | flagHasResend
+		flagExplicitInval | flagInitExt | flagHasResend
 )
 
 const (

@@ -113,6 +113,10 @@ func (w *worker) handle(r *request) (n int, errno syscall.Errno) {
 		return w.init(r)
 	case opStatfs:
 		return encodeStatfs(w.data(), len(w.p.disks.Load().byID)), 0
+	case opOpendir:
+		// Told ENOSYS, the kernel would open directories by itself and keep what it
+		// read of them for ever, disks that are long gone too (FOPEN_CACHE_DIR).
+		return encodeOpen(w.data(), 0, 0), 0
 	case opReaddir:
 		return w.readdir(r)
 	case opFsyncdir, opReleasedir, opAccess, opDestroy:
@@ -128,7 +132,7 @@ func (w *worker) handle(r *request) (n int, errno syscall.Errno) {
 	case opIoctl:
 		return 0, syscall.ENOTTY
 	}
-	// Flush, opendir, xattrs, lseek, locks, ...: the kernel then does without, and
+	// Flush, xattrs, lseek, locks, ...: the kernel then does without, and
 	// mostly remembers not to ask again.
 	return 0, syscall.ENOSYS
 }
