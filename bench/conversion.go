@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/thaw-project/thaw/e2e/lab"
-	"github.com/thaw-project/thaw/e2e/launch"
 )
 
 // conversion compares thaw image convert, into an empty store, with a pull and unpack
@@ -39,8 +38,10 @@ func (b *bench) pull(ctx context.Context) (_ sample, err error) {
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, c.Stop(), os.RemoveAll(filepath.Dir(c.Root))) }()
-	node := &launch.Node{Lab: b.lab, Containerd: c, Snapshotter: "overlayfs"}
+	// What it unpacked is left for the lab to remove at the end: ext4 is slow to make
+	// files for a minute after many were deleted, which the next pull would pay for.
+	defer func() { err = errors.Join(err, c.Stop()) }()
+	node := b.node(c, nil)
 	settle()
 	before, err := c.CPU()
 	if err != nil {

@@ -12,11 +12,9 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/containerd/containerd/v2/client"
 	"golang.org/x/sys/unix"
 
 	"github.com/thaw-project/thaw/e2e/lab"
-	"github.com/thaw-project/thaw/e2e/launch"
 	"github.com/thaw-project/thaw/e2e/recipe"
 	"github.com/thaw-project/thaw/node/mount"
 )
@@ -27,10 +25,9 @@ const dataBytes = 256 << 20
 // dataImage is an image of one file of random bytes, converted and pulled, and the
 // same file in file systems on plain files.
 type dataImage struct {
-	thaw   *lab.Thaw
-	node   *launch.Node
-	images map[string]client.Image // by file system
-	raw    map[string]string       // file that holds the file system
+	thaw  map[string]*lab.Thaw // by file system, as the others
+	nodes map[string]*warmNode
+	raw   map[string]string // file that holds the file system
 }
 
 // state is what is in the page cache when a job starts.
@@ -60,9 +57,9 @@ var readJobs = []job{
 
 var writeJobs = []job{
 	{"randwrite-4k-fsync", "random writes of 4 KiB, each with fsync, to a file the container wrote", "IOPS", warm,
-		[]string{"--rw=randwrite", "--bs=4k", "--io_size=2m", "--fsync=1"}, true},
+		[]string{"--rw=randwrite", "--bs=4k", "--io_size=16m", "--fsync=1"}, true},
 	{"randwrite-4k-fsync-image", "random writes of 4 KiB, each with fsync, to the image's file (copied on write, by cluster)", "IOPS", warm,
-		[]string{"--rw=randwrite", "--bs=4k", "--io_size=2m", "--fsync=1"}, false},
+		[]string{"--rw=randwrite", "--bs=4k", "--io_size=16m", "--fsync=1"}, false},
 	{"write-128k", "sequential writes of 128 KiB over a file the container wrote, one fsync at the end", "MiB/s", warm,
 		[]string{"--rw=write", "--bs=128k", "--end_fsync=1"}, true},
 	{"write-128k-image", "sequential writes of 128 KiB over the image's file, one fsync at the end", "MiB/s", warm,
@@ -109,8 +106,9 @@ func (b *bench) thawJob(ctx context.Context, fs string, j job) (s sample, err er
 	if err != nil {
 		return nil, err
 	}
-	err = d.node.Active(ctx, d.images[fs], func(root string) error {
-		s, err = b.runJob(ctx, root, filepath.Join(d.thaw.Root, "pool/data"), j)
+	n := d.nodes[fs]
+	err = n.node.Active(ctx, n.image, func(root string) error {
+		s, err = b.runJob(ctx, root, filepath.Join(d.thaw[fs].Root, "pool/data"), j)
 		return err
 	})
 	return s, err
@@ -239,7 +237,7 @@ func (b *bench) dataImage(ctx context.Context) (*dataImage, error) {
 		if err := writeRandom(filepath.Join(tree, "data"), dataBytes); err != nil {
 			return nil, err
 		}
-		d := &dataImage{images: map[string]client.Image{}, raw: map[string]string{}}
+		d := &dataImage{thaw: map[string]*lab.Thaw{}, nodes: map[string]*warmNode{}, raw: map[string]string{}}
 		if err := b.makeFloors(ctx, d, tree); err != nil {
 			return nil, err
 		}
@@ -247,20 +245,13 @@ func (b *bench) dataImage(ctx context.Context) (*dataImage, error) {
 		if err != nil {
 			return nil, err
 		}
-		if d.thaw, err = b.lab.StartThaw(ctx); err != nil {
-			return nil, err
-		}
-		c, err := b.lab.StartContainerd(ctx, lab.ContainerdOptions{Thaw: d.thaw})
-		if err != nil {
-			return nil, err
-		}
-		d.node = b.node(c, "thaw")
 		for _, v := range []variant{{"overlayfs", "erofs"}, {"overlaybd", "ext4"}} {
-			ref := source + "-" + v.String()
-			if _, err := d.thaw.Convert(ctx, source, ref, v.mode, v.filesystem); err != nil {
+			t, refs, err := b.converted(ctx, func(context.Context) (string, error) { return source, nil }, v)
+			if err != nil {
 				return nil, err
 			}
-			if d.images[v.filesystem], err = d.node.Pull(ctx, ref); err != nil {
+			d.thaw[v.filesystem] = t
+			if d.nodes[v.filesystem], err = b.pulled(ctx, t, refs[0]); err != nil {
 				return nil, err
 			}
 		}

@@ -131,8 +131,6 @@ type bench struct {
 
 	registry fixture[*lab.Registry]
 	source   fixture[string]
-	warm     fixture[*warmNode]
-	cold     fixture[*coldStore]
 	data     fixture[*dataImage]
 	pool     fixture[*poolIO]
 

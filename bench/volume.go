@@ -214,7 +214,10 @@ func (b *bench) poolIO() (*poolIO, error) {
 
 func fill(disk blockIO) error {
 	random := rand.NewChaCha8([32]byte{1})
-	buf := make([]byte, 1<<20)
+	// A cluster of the pool at a time: how large the pieces of a file were written
+	// decides how large the folios are in which the kernel caches it, and that how
+	// fast small writes are.
+	buf := make([]byte, lvol.DefaultClusterBytes)
 	for off := int64(0); off < ioBytes; off += int64(len(buf)) {
 		if _, err := random.Read(buf); err != nil {
 			return err
