@@ -8,8 +8,10 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
@@ -19,8 +21,9 @@ import (
 
 // Teardown takes away what a stopped server left attached. It serves the disks
 // itself meanwhile: a file system can be unmounted only while somebody answers for
-// the disk it is on. Without force the first thing in use stops it; with force it
-// is cut off from its users, who get errors.
+// the disk it is on. Without force nothing is touched while a mount elsewhere uses
+// it, and other things in use stop it where it meets them; with force they are cut
+// off from their users, who get errors.
 func Teardown(ctx context.Context, config Config, keeperCommand []string, force bool, progress io.Writer) (err error) {
 	s := &Server{config: config, logger: slog.New(slog.DiscardHandler)}
 	defer func() { err = errors.Join(err, s.close()) }()
@@ -35,6 +38,15 @@ func Teardown(ctx context.Context, config Config, keeperCommand []string, force 
 		return err
 	}
 	p := config.Paths()
+	if !force {
+		target, err := usedBy(p)
+		if err != nil {
+			return err
+		}
+		if target != "" {
+			return kind.Errorf(kind.InUse, "%s is in use by what is mounted on %s: stop the container, or use --force", p.Dev, target)
+		}
+	}
 	if err := unmountAll(ctx, []string{p.Mounts, p.Snapshotter}, force, progress); err != nil {
 		return err
 	}
@@ -42,11 +54,77 @@ func Teardown(ctx context.Context, config Config, keeperCommand []string, force 
 		return err
 	}
 	if err := s.presenter.Teardown(ctx); err != nil {
-		return err
+		return fmt.Errorf("%w: stop what uses it, or use --force", err)
 	}
 	s.presenter = nil
 	fmt.Fprintln(progress, "unmounted", p.Dev)
 	return s.keeper.Exit(ctx)
+}
+
+// usedBy returns where something is mounted that needs a presented disk and is none of
+// Thaw's own mounts, as a rule the root file system of a container; empty when there
+// is nothing. It reads tables only: a path on a disk would be asked of this process.
+func usedBy(p Paths) (string, error) {
+	mounts, err := mountinfo.GetMounts(nil)
+	if err != nil {
+		return "", fmt.Errorf("list mounts: %w", err)
+	}
+	type number struct{ major, minor int }
+	own := []string{p.Mounts + "/", p.Snapshotter + "/", p.Dev + "/"}
+	ours := func(path string) bool {
+		return path == p.Dev || slices.ContainsFunc(own, func(dir string) bool { return strings.HasPrefix(path, dir) })
+	}
+	systems := map[number]bool{} // the file systems on our disks
+	var roots []string           // and where they are
+	for _, m := range mounts {
+		if ours(m.Mountpoint) {
+			systems[number{m.Major, m.Minor}] = true
+			roots = append(roots, m.Mountpoint)
+		}
+	}
+	for _, m := range mounts {
+		if ours(m.Mountpoint) {
+			continue
+		}
+		if systems[number{m.Major, m.Minor}] || onPresentedLoop(m.Source, p.Dev) || m.FSType == "overlay" && overlayOn(m.VFSOptions, roots) {
+			return m.Mountpoint, nil
+		}
+	}
+	return "", nil
+}
+
+// onPresentedLoop tells whether device is a loop device on a file of dev.
+func onPresentedLoop(device, dev string) bool {
+	name, ok := strings.CutPrefix(device, "/dev/loop")
+	if !ok {
+		return false
+	}
+	backing, err := os.ReadFile("/sys/block/loop" + name + "/loop/backing_file")
+	return err == nil && strings.HasPrefix(string(backing), dev+"/")
+}
+
+// overlayOn tells whether one of an overlay's directories lies below one of roots. A
+// directory may be named through the link to a block that a snapshot has.
+func overlayOn(options string, roots []string) bool {
+	for option := range strings.SplitSeq(options, ",") {
+		key, value, _ := strings.Cut(option, "=")
+		switch strings.TrimSuffix(key, "+") {
+		case "lowerdir", "upperdir":
+		default:
+			continue
+		}
+		for dir := range strings.SplitSeq(value, ":") {
+			if before, after, found := strings.Cut(dir+"/", "/lower/"); found {
+				if to, err := os.Readlink(before + "/lower"); err == nil {
+					dir = filepath.Join(to, after)
+				}
+			}
+			if slices.ContainsFunc(roots, func(root string) bool { return dir == root || strings.HasPrefix(dir, root+"/") }) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // unmountAll unmounts what is mounted under dirs, the newest first, since overlays
