@@ -121,7 +121,7 @@ const (
 func (c *crash) newItem(t *testing.T, v variant, ordinary bool) *item {
 	t.Helper()
 	c.made++
-	it := &item{name: fmt.Sprintf("item%d", c.made), variant: v, ordinary: ordinary, sums: map[string]string{}}
+	it := &item{name: fmt.Sprintf("item%d-%s", c.made, c.suffix), variant: v, ordinary: ordinary, sums: map[string]string{}}
 	first, second := map[string][]byte{}, map[string][]byte{}
 	for i := range 2 + c.rnd.IntN(30) {
 		first[fmt.Sprintf("srv/item/dir%d/file%d", i%4, i)] = randomBytes(c.rnd, c.rnd.IntN(200<<10))

@@ -94,7 +94,7 @@ func (c *crash) learn(o *operation, took time.Duration) {
 
 func (c *crash) convertItem(it *item) *operation {
 	return &operation{
-		kind: "convert", name: it.name + " " + it.variant.String(),
+		kind: "convert", name: it.label(),
 		run: func(ctx context.Context) error { return c.convert(ctx, it) },
 		done: func(t *testing.T) {
 			t.Helper()
@@ -112,6 +112,12 @@ func (c *crash) convertItem(it *item) *operation {
 			}
 		},
 	}
+}
+
+// label is the item's name in a round's line.
+func (it *item) label() string {
+	name, _, _ := strings.Cut(it.name, "-")
+	return name + " " + it.variant.String()
 }
 
 // convert runs thaw image convert, whose process is the converter that can be killed.
@@ -138,7 +144,7 @@ func (c *crash) startItem(it *item) *operation {
 		kind = "unpack"
 	}
 	return &operation{
-		kind: kind, name: it.name + " " + it.variant.String(), starts: true,
+		kind: kind, name: it.label(), starts: true,
 		run: func(ctx context.Context) error {
 			if err := c.n.Remove(ctx, it.name); err != nil {
 				return err
@@ -153,7 +159,7 @@ func (c *crash) startItem(it *item) *operation {
 
 func (c *crash) removeItem(it *item) *operation {
 	return &operation{
-		kind: "remove", name: it.name + " " + it.variant.String(),
+		kind: "remove", name: it.label(),
 		run:  func(ctx context.Context) error { return c.remove(ctx, it) },
 		done: func(*testing.T) { c.removed(it) },
 	}
@@ -186,7 +192,7 @@ func (c *crash) dropItem(gone *item) {
 
 func (c *crash) forgetItem(it *item) *operation {
 	return &operation{
-		kind: "forget", name: it.name + " " + it.variant.String(),
+		kind: "forget", name: it.label(),
 		run:  func(ctx context.Context) error { return c.forget(ctx, it.dest) },
 		done: func(*testing.T) { c.dropItem(it) },
 	}

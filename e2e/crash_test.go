@@ -48,6 +48,7 @@ type crash struct {
 	deck       []victim
 	typical    map[string]time.Duration // by operation: how long it takes undisturbed
 	converting atomic.Pointer[os.Process]
+	suffix     string // of containers' ids: runc, which labs share, must not see one twice
 	temporary  string // TMPDIR of Thaw's processes
 	baseline   []string
 	lastRound  int
@@ -83,7 +84,7 @@ func TestCrash(t *testing.T) {
 	}
 	t.Logf("seed %d; the same choices again: make crash ROUNDS=%d SEED=%d", seed, rounds, seed)
 	begin := time.Now()
-	c := newCrash(t, b, seed)
+	c := newCrash(t, b, seed, crashOptions{})
 	t.Logf("%d containers run after %.1f s", len(c.residents), time.Since(begin).Seconds())
 	for round := range int(rounds) {
 		c.lastRound = round + 1
@@ -109,8 +110,11 @@ func environmentNumber(name string, value uint64) (uint64, error) {
 	return value, nil
 }
 
+// crashOptions say how the server is started; see lab.StartThawAs.
+type crashOptions struct{ before, env []string }
+
 // newCrash starts everything, with a resident of each variant.
-func newCrash(t *testing.T, b *bench, seed uint64) *crash {
+func newCrash(t *testing.T, b *bench, seed uint64, o crashOptions) *crash {
 	t.Helper()
 	c := &crash{b: b, rnd: rand.New(rand.NewPCG(seed, 0)), typical: map[string]time.Duration{}}
 	temporary, err := b.lab.Path("crash", "tmp", "x")
@@ -118,7 +122,8 @@ func newCrash(t *testing.T, b *bench, seed uint64) *crash {
 		t.Fatal(err)
 	}
 	c.temporary = filepath.Dir(temporary)
-	c.s = b.thawAs(t, nil, []string{"TMPDIR=" + c.temporary})
+	c.suffix = strings.TrimPrefix(filepath.Base(b.lab.Dir), "thaw-e2e.")
+	c.s = b.thawAs(t, o.before, append([]string{"TMPDIR=" + c.temporary}, o.env...))
 	c.n = b.node(t, c.s)
 	t.Cleanup(func() { c.cleanUp(t) })
 
@@ -140,7 +145,7 @@ func newCrash(t *testing.T, b *bench, seed uint64) *crash {
 		return err
 	})
 	for _, v := range variants {
-		c.startResident(t, &resident{variant: v, id: "resident-" + v.String(), dest: c.residentSource(v) + "-thaw"}, seed)
+		c.startResident(t, &resident{variant: v, id: v.String() + "-" + c.suffix, dest: c.residentSource(v) + "-thaw"}, seed)
 	}
 	for _, r := range c.residents {
 		if r.sum, err = r.readMuch(t.Context()); err != nil {

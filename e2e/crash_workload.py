@@ -15,7 +15,6 @@ flushed is there.
 import hashlib
 import os
 import random
-import shutil
 import struct
 import threading
 import time
@@ -61,6 +60,17 @@ def write_file(path, data):
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def remove_tree(path):
+    # Not shutil's: it compares inode numbers, which an overlay's directory changes when
+    # the kernel forgets it.
+    for entry in os.scandir(path):
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(entry.path)
+        else:
+            os.unlink(entry.path)
+    os.rmdir(path)
 
 
 def read_file(path):
@@ -308,7 +318,7 @@ class Trees:
         elif version % 3 == 2:
             os.rename(a, b)
         else:
-            shutil.rmtree(b)
+            remove_tree(b)
         fsync_dir(DATA)
         self.log.ack((key, version))
 
@@ -332,7 +342,7 @@ class Trees:
             return self.verify(slot)
         for name in "ab":
             if os.path.lexists(self.path(slot, name)):
-                shutil.rmtree(self.path(slot, name))
+                remove_tree(self.path(slot, name))
         fsync_dir(DATA)
         version = (self.log.begun[key] + 2) // 3 * 3
         self.log.begin((key, version))
