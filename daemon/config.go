@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/docker/go-units"
@@ -145,17 +146,29 @@ func LoadConfig(path string) (Config, error) {
 	if err := toml.NewDecoder(f).DisallowUnknownFields().Decode(&config); err != nil {
 		var strict *toml.StrictMissingError
 		if errors.As(err, &strict) {
-			return Config{}, kind.Errorf(kind.Invalid, "configuration %s has keys that do not exist:\n%s", path, strict.String())
+			var keys []string
+			for _, e := range strict.Errors[:min(len(strict.Errors), 5)] { // enough to start with
+				row, _ := e.Position()
+				keys = append(keys, fmt.Sprintf("line %d: key %.80q does not exist", row, strings.Join(e.Key(), ".")))
+			}
+			return Config{}, kind.Errorf(kind.Invalid, "configuration %s, %s: 'thaw server --print-config' shows those that do", path, strings.Join(keys, ", "))
 		}
 		var decode *toml.DecodeError
 		if errors.As(err, &decode) {
 			row, _ := decode.Position()
-			return Config{}, kind.Errorf(kind.Invalid, "configuration %s, line %d: %w\n%s", path, row, err, decode.String())
+			where := fmt.Sprintf("line %d", row)
+			if key := strings.Join(decode.Key(), "."); key != "" {
+				where += fmt.Sprintf(", key %.80q", key)
+			}
+			return Config{}, kind.Errorf(kind.Invalid, "configuration %s, %s: %w", path, where, err)
 		}
 		return Config{}, kind.Errorf(kind.Invalid, "configuration %s: %w", path, err)
 	}
 	return config, nil
 }
+
+// minPoolClusters is the least that a pool is made with: one holds its superblock.
+const minPoolClusters = 4
 
 var targetName = regexp.MustCompile(`^[a-z0-9.-]{1,64}$`)
 
@@ -186,6 +199,9 @@ func (c *Config) Validate() error {
 	case "file", "uring":
 	default:
 		return kind.Errorf(kind.Invalid, "pool.io %.40q: must be file or uring", c.Pool.IO)
+	}
+	if s := c.Pool.Capacity; s != 0 && s < minPoolClusters*c.Pool.Cluster {
+		return kind.Errorf(kind.Invalid, "pool.capacity of %d bytes: must hold at least %d clusters of %d bytes", s, minPoolClusters, c.Pool.Cluster)
 	}
 	if c.Pool.Device != "" && c.Pool.Capacity != 0 {
 		return kind.Errorf(kind.Invalid, "pool.capacity is the size of a file; with pool.device the device's size counts")

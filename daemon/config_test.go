@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"bytes"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -50,6 +51,8 @@ func TestConfigRefuses(t *testing.T) {
 		"bad size":        {"[pool]\ncapacity = \"many\"", "20GiB"},
 		"negative size":   {"[pool]\ncapacity = \"-5\"", "20GiB"},
 		"bad duration":    {"[snapshotter]\nattach_timeout = \"soon\"", "10s"},
+		"tiny pool":       {"[pool]\ncapacity = \"1KiB\"", "4 clusters"},
+		"two keys":        {"rot = 1\n[pool]\nsize = 2", "pool.size"},
 		"bad cluster":     {"[pool]\ncluster = \"100KiB\"", "power of two"},
 		"bad io":          {"[pool]\nio = \"magic\"", "uring"},
 		"bad target":      {"target = \"a b\"", "target"},
@@ -112,6 +115,23 @@ func TestSocketsAreForRootAlone(t *testing.T) {
 		if err != nil || st.Mode().Perm() != 0o600 {
 			t.Fatalf("mode %v, %v", st.Mode(), err)
 		}
-		defer l.Close()
+		if _, err := listenUnix(path); kind.Of(err) != kind.InUse || !strings.Contains(err.Error(), path) {
+			t.Fatalf("a socket on which somebody answers: %v", err)
+		}
+		l.(*net.UnixListener).SetUnlinkOnClose(false) // as a killed server
+		l.Close()
+	}
+}
+
+func TestOnlySocketsAreReplaced(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s.sock")
+	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := listenUnix(path); kind.Of(err) != kind.InUse {
+		t.Fatalf("got %v", err)
+	}
+	if raw, err := os.ReadFile(path); err != nil || string(raw) != "precious" {
+		t.Fatalf("%q, %v", raw, err)
 	}
 }

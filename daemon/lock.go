@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -15,11 +16,11 @@ import (
 // the owner's pid, for the message a second server prints.
 func lock(path, what string) (*os.File, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, fmt.Errorf("create %s directory: %w", what, err)
+		return nil, unusable(what, "create", err)
 	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("lock %s directory: %w", what, err)
+		return nil, unusable(what, "lock", err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		defer f.Close()
@@ -36,7 +37,15 @@ func lock(path, what string) (*os.File, error) {
 	}
 	if err != nil {
 		f.Close()
-		return nil, fmt.Errorf("write %s: %w", path, err)
+		return nil, unusable(what, "lock", err)
 	}
 	return f, nil
+}
+
+// unusable says what to do about a root or run directory that cannot be used.
+func unusable(what, doing string, err error) error {
+	if errors.Is(err, unix.ENOTDIR) {
+		err = kind.Wrap(kind.Invalid, err)
+	}
+	return fmt.Errorf("%s %s directory: %w: choose another --%s", doing, what, err, what)
 }

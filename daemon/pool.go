@@ -47,6 +47,9 @@ func ensurePool(config Config, logger *slog.Logger) (*lvol.Store, error) {
 		}
 		capacity = int64(st.Blocks) * st.Bsize
 		capacity -= capacity % int64(config.Pool.Cluster)
+		if capacity < minPoolClusters*int64(config.Pool.Cluster) {
+			return nil, kind.Errorf(kind.NoSpace, "no space left for a pool in %s, whose file system has %d bytes: choose another --root", config.Root, capacity)
+		}
 	}
 	logger.Info("creating pool", "dir", dir, "device", config.Pool.Device, "capacity_bytes", capacity)
 	err = lvol.Create(lvol.CreateOptions{

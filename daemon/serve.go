@@ -20,8 +20,18 @@ import (
 )
 
 // listenUnix listens on path with mode 0600. The caller holds the run directory's
-// lock, so a socket that is there belongs to a dead server.
+// lock, so a socket that is there belongs to a dead server, unless somebody who knows
+// nothing of the lock answers on it.
 func listenUnix(path string) (net.Listener, error) {
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
+		return nil, kind.Errorf(kind.InUse, "%s is not a socket: remove it, or choose another --run", path)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil || errors.Is(err, unix.EAGAIN) { // a full backlog
+		if err == nil {
+			c.Close()
+		}
+		return nil, kind.Errorf(kind.InUse, "socket %s is in use by another program: stop it, or choose another --run", path)
+	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale socket: %w", err)
 	}

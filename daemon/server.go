@@ -190,6 +190,10 @@ func (s *Server) startData(ctx context.Context, keeperCommand []string, registry
 		Logger: s.logger.With("part", "fuse"), Registerer: registry,
 	})
 	if err != nil {
+		// A keeper with nothing to keep would wait for ever.
+		if held, lerr := s.keeper.List(ctx); lerr == nil && len(held) == 0 {
+			err = errors.Join(err, s.keeper.Exit(ctx))
+		}
 		return err
 	}
 	s.onClose("presentation", s.closePresenter)
