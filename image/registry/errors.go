@@ -12,6 +12,7 @@ import (
 	"unicode"
 
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+	"golang.org/x/sys/unix"
 
 	"github.com/thaw-project/thaw/kind"
 )
@@ -47,8 +48,15 @@ func Explain(what string, err error) error {
 		if own := kind.Of(uerr.Err); own == kind.Denied {
 			k = own
 		}
-		return kind.Errorf(k, "%s: %s %s: %s", what, strings.ToUpper(uerr.Op), bare(uerr.URL), printable(withoutQuery(uerr.Err.Error(), uerr.URL)))
-	case errors.As(err, &neterr), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
+		hint := ""
+		if errors.Is(uerr, unix.ECONNREFUSED) {
+			hint = ": nothing listens there: check the address, or start the registry"
+		}
+		return kind.Errorf(k, "%s: %s %s: %s%s", what, strings.ToUpper(uerr.Op), bare(uerr.URL), printable(withoutQuery(uerr.Err.Error(), uerr.URL)), hint)
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		// Kept for who counts: the same end time and again is no network's.
+		return kind.Errorf(kind.Unavailable, "%s: %w", what, io.ErrUnexpectedEOF)
+	case errors.As(err, &neterr), errors.Is(err, io.EOF):
 		return kind.Errorf(kind.Unavailable, "%s: %s", what, printable(err.Error()))
 	}
 	return fmt.Errorf("%s: %s", what, printable(err.Error()))
@@ -66,9 +74,9 @@ func explainStatus(what string, status *transport.Error) error {
 	said = printable(said)
 	switch code := status.StatusCode; {
 	case code == http.StatusUnauthorized, code == http.StatusForbidden:
-		return kind.Errorf(kind.Denied, "%s: the registry refused the credentials, or there are none (%d %s): check docker's config.json", what, code, said)
+		return kind.Errorf(kind.Denied, "%s: the registry refused the credentials, or there are none (%d %s): log in with 'docker login', or name the directory of config.json with --docker-config", what, code, said)
 	case code == http.StatusNotFound:
-		return kind.Errorf(kind.NotFound, "%s: the registry does not have it (%d %s)", what, code, said)
+		return kind.Errorf(kind.NotFound, "%s: the registry does not have it (%d %s): check the name, tag and digest", what, code, said)
 	case code == http.StatusTooManyRequests, code >= 500:
 		return kind.Errorf(kind.Unavailable, "%s: the registry failed (%d %s)", what, code, said)
 	case code == http.StatusRequestedRangeNotSatisfiable:

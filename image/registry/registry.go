@@ -115,7 +115,7 @@ func (c *Client) Parse(reference string) (name.Reference, error) {
 	}
 	ref, err := name.ParseReference(reference, options...)
 	if err != nil {
-		return nil, kind.Errorf(kind.Invalid, "%.200q is not an image reference: %s", reference, printable(err.Error()))
+		return nil, kind.Errorf(kind.Invalid, "%.200q is not an image reference: write it as HOST/NAME:TAG or HOST/NAME@sha256:DIGEST, NAME in lower case", reference)
 	}
 	return ref, nil
 }
@@ -194,7 +194,7 @@ func (k *keychain) Resolve(target authn.Resource) (authn.Authenticator, error) {
 		file, err := config.Load(dir) // an empty dir is ~/.docker; no file is no error
 		if err != nil {
 			// The parser's message may quote the file.
-			return nil, kind.Errorf(kind.Invalid, "docker configuration in %q cannot be read as JSON with credentials", dir)
+			return nil, kind.Errorf(kind.Invalid, "docker configuration config.json in %q cannot be read as JSON with credentials: repair it, or name another directory with --docker-config", dir)
 		}
 		k.file = file
 	}
@@ -206,7 +206,7 @@ func (k *keychain) Resolve(target authn.Resource) (authn.Authenticator, error) {
 		}
 		auth, err := k.file.GetAuthConfig(key)
 		if err != nil {
-			return nil, kind.Errorf(kind.Denied, "credential helper for %s failed: %s", target.RegistryStr(), printable(err.Error()))
+			return nil, kind.Errorf(kind.Denied, "the credential helper that docker's config.json names for %s failed: %s", target.RegistryStr(), printable(err.Error()))
 		}
 		auth.ServerAddress = ""
 		if auth == (types.AuthConfig{}) {

@@ -344,6 +344,10 @@ func (b *Blob) download(ctx context.Context, file *os.File) error {
 		}
 		failures++
 		if !retryable(err) || failures >= attempts || ctx.Err() != nil {
+			if errors.Is(err, io.ErrUnexpectedEOF) && ctx.Err() == nil {
+				// The registry answers, and ends at the same byte each time.
+				err = kind.Errorf(kind.Corrupt, "blob %s: truncated: %d bytes of %d, in each of %d attempts (%w)", d.Digest, b.arrived, d.Size, failures, err)
+			}
 			return err
 		}
 		select {
