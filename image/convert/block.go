@@ -173,13 +173,13 @@ func (c *conversion) fillWork(ctx context.Context, i *image, n int, work string,
 	}
 	err = c.applyLayer(ctx, i, n, disk, blob, t)
 	if err == nil {
-		err = disk.Sync()
+		err = c.explainWrite(disk.Sync())
 	}
 	if cerr := disk.Close(); err == nil {
-		err = cerr
+		err = c.explainWrite(cerr)
 	}
 	if err != nil {
-		return c.explainWrite(err)
+		return err
 	}
 	if err := c.store.unexport(ctx, work); err != nil {
 		return fmt.Errorf("withdraw %s: %w", work, err)
@@ -191,8 +191,8 @@ func (c *conversion) fillWork(ctx context.Context, i *image, n int, work string,
 // file system and says less.
 func (c *conversion) explainWrite(err error) error {
 	if kind.Of(err) == kind.NoSpace {
-		return kind.Errorf(kind.NoSpace, "no space left for the block (%w): remove images from the store or enlarge it, or choose a larger virtual size than %d bytes",
-			err, c.options.VirtualSizeBytes)
+		return kind.Errorf(kind.NoSpace, "no space left for the block (%w): free some ('thaw image prune', 'thaw image remove') or enlarge the pool ('thaw lvol pool'); if the pool has room, choose a larger --virtual-size than %dMiB",
+			err, c.options.VirtualSizeBytes>>20)
 	}
 	return err
 }
@@ -203,7 +203,7 @@ func (c *conversion) applyLayer(ctx context.Context, i *image, n int, disk *os.F
 	options := filesystem.Options{Mode: c.options.Mode, SizeBytes: c.options.VirtualSizeBytes, UUID: blockUUID(l.block)}
 	if n == 0 {
 		if err := builder.Format(ctx, disk, options); err != nil {
-			return fmt.Errorf("format %s: %w", c.options.Filesystem, err)
+			return c.explainWrite(fmt.Errorf("format %s: %w", c.options.Filesystem, err))
 		}
 	}
 	stream := newLayerStream(ctx, func(ctx context.Context) io.Reader { return blob.NewReader(ctx) }, c.options.VirtualSizeBytes, func(applied int64) {
@@ -226,7 +226,7 @@ func (c *conversion) applyLayer(ctx context.Context, i *image, n int, disk *os.F
 				return verr
 			}
 		}
-		return err
+		return c.explainWrite(err)
 	}
 	got, err := stream.finish()
 	if err != nil {

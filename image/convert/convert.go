@@ -17,6 +17,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/containerd/platforms"
+
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/image/block"
 	"github.com/thaw-project/thaw/image/filesystem"
@@ -115,8 +117,12 @@ func (o *Options) Validate() error {
 		return kind.Errorf(kind.Invalid, "conversion needs an attacher")
 	}
 	if o.VirtualSizeBytes < MinVirtualSizeBytes || o.VirtualSizeBytes > MaxVirtualSizeBytes || o.VirtualSizeBytes%(1<<20) != 0 {
-		return kind.Errorf(kind.Invalid, "virtual size %d: must be a multiple of 1 MiB from %d to %d bytes",
-			o.VirtualSizeBytes, int64(MinVirtualSizeBytes), int64(MaxVirtualSizeBytes))
+		return kind.Errorf(kind.Invalid, "virtual size of %d bytes: must be a whole number of MiB from 64MiB to 16TiB", o.VirtualSizeBytes)
+	}
+	for _, p := range o.Platforms {
+		if _, err := platforms.Parse(p); err != nil && p != AllPlatforms {
+			return kind.Errorf(kind.Invalid, "platform %.60q is not os/arch[/variant] or %s", p, AllPlatforms)
+		}
 	}
 	if o.SpoolDir != "" && !filepath.IsAbs(o.SpoolDir) {
 		return kind.Errorf(kind.Invalid, "spool directory %q is not absolute", o.SpoolDir)

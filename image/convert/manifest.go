@@ -167,24 +167,25 @@ func planIndex(ctx context.Context, s source.Source, wanted []string) (*plan, er
 		return nil, err
 	}
 	p := &plan{root: root}
-	if err := json.Unmarshal(raw, &p.index); err != nil {
-		return nil, kind.Errorf(kind.Corrupt, "index %s: %w", root.Digest, err)
+	what := fmt.Sprintf("index %s of %s", root.Digest, s)
+	if err := source.Decode(what, raw, &p.index); err != nil {
+		return nil, err
 	}
 	var list []object
-	if err := json.Unmarshal(p.index["manifests"], &list); err != nil {
-		return nil, kind.Errorf(kind.Corrupt, "index %s: manifests: %w", root.Digest, err)
+	if err := source.Decode(what+": manifests", p.index["manifests"], &list); err != nil {
+		return nil, err
 	}
 	if len(list) > maxIndexEntries {
-		return nil, kind.Errorf(kind.Invalid, "index %s has %d manifests, at most %d are supported", root.Digest, len(list), maxIndexEntries)
+		return nil, kind.Errorf(kind.Invalid, "%s has %d manifests, at most %d are supported", what, len(list), maxIndexEntries)
 	}
 	var all []entry
 	for n, o := range list {
 		e := entry{raw: o}
 		if e.descriptor, err = descriptorOf(o); err != nil {
-			return nil, fmt.Errorf("index %s: manifest %d: %w", root.Digest, n, err)
+			return nil, fmt.Errorf("%s: manifest %d of %d: %w", what, n+1, len(list), err)
 		}
 		if isIndex(e.descriptor.MediaType) {
-			return nil, kind.Errorf(kind.Unsupported, "index %s holds another index, %s: convert that one", root.Digest, e.descriptor.Digest)
+			return nil, kind.Errorf(kind.Unsupported, "%s holds another index, %s: convert that one", what, e.descriptor.Digest)
 		}
 		all = append(all, e)
 	}
@@ -297,8 +298,8 @@ func descriptorOf(o object) (ocispec.Descriptor, error) {
 		return ocispec.Descriptor{}, err
 	}
 	var d ocispec.Descriptor
-	if err := json.Unmarshal(raw, &d); err != nil {
-		return d, kind.Errorf(kind.Corrupt, "descriptor: %w", err)
+	if err := source.Decode("descriptor", raw, &d); err != nil {
+		return d, err
 	}
 	if err := source.SupportedDigest(d.Digest); err != nil {
 		return d, err
@@ -317,34 +318,35 @@ func readImage(ctx context.Context, s source.Source, d ocispec.Descriptor) (*ima
 		return nil, err
 	}
 	i := &image{descriptor: d}
+	what := fmt.Sprintf("manifest %s of %s", d.Digest, s)
 	fail := func(k kind.Kind, format string, args ...any) (*image, error) {
-		return nil, kind.Errorf(k, "manifest %s: "+format, append([]any{d.Digest}, args...)...)
+		return nil, kind.Errorf(k, "%s: %w", what, fmt.Errorf(format, args...))
 	}
-	if err := json.Unmarshal(raw, &i.manifest); err != nil {
-		return fail(kind.Corrupt, "%w", err)
+	if err := source.Decode(what, raw, &i.manifest); err != nil {
+		return nil, err
 	}
 	var config object
-	if err := json.Unmarshal(i.manifest["config"], &config); err != nil {
-		return fail(kind.Corrupt, "config: %w", err)
+	if err := source.Decode(what+": config", i.manifest["config"], &config); err != nil {
+		return nil, err
 	}
 	if i.config, err = descriptorOf(config); err != nil {
-		return nil, fmt.Errorf("manifest %s: config: %w", d.Digest, err)
+		return nil, fmt.Errorf("%s: config: %w", what, err)
 	}
 	if t := i.config.MediaType; t != ocispec.MediaTypeImageConfig && t != dockerConfig {
 		return fail(kind.Unsupported, "its configuration is of type %.100q: it is no container image", t)
 	}
 	if i.configRaw, err = readConfig(ctx, s, i.config); err != nil {
-		return nil, fmt.Errorf("manifest %s: %w", d.Digest, err)
+		return nil, fmt.Errorf("%s: %w", what, err)
 	}
 	var parsed ocispec.Image
-	if err := json.Unmarshal(i.configRaw, &parsed); err != nil {
-		return fail(kind.Corrupt, "image configuration %s: %w", i.config.Digest, err)
+	if err := source.Decode(fmt.Sprintf("%s: image configuration %s", what, i.config.Digest), i.configRaw, &parsed); err != nil {
+		return nil, err
 	}
 	i.platform = platforms.Format(platforms.Normalize(parsed.Platform))
 
 	var layers []object
-	if err := json.Unmarshal(i.manifest["layers"], &layers); err != nil {
-		return fail(kind.Corrupt, "layers: %w", err)
+	if err := source.Decode(what+": layers", i.manifest["layers"], &layers); err != nil {
+		return nil, err
 	}
 	switch {
 	case len(layers) == 0:
@@ -358,13 +360,13 @@ func readImage(ctx context.Context, s source.Source, d ocispec.Descriptor) (*ima
 	for n, o := range layers {
 		l := imageLayer{raw: o, diffID: parsed.RootFS.DiffIDs[n], chainID: chain[n]}
 		if err := source.SupportedDigest(l.diffID); err != nil {
-			return nil, fmt.Errorf("manifest %s: layer %d: diff id: %w", d.Digest, n, err)
+			return nil, fmt.Errorf("%s: layer %d of %d: diff id: %w", what, n+1, len(layers), err)
 		}
 		if l.descriptor, err = descriptorOf(o); err != nil {
-			return nil, fmt.Errorf("manifest %s: layer %d: %w", d.Digest, n, err)
+			return nil, fmt.Errorf("%s: layer %d of %d: %w", what, n+1, len(layers), err)
 		}
 		if err := supportedLayer(l.descriptor); err != nil {
-			return nil, fmt.Errorf("manifest %s: layer %d: %w", d.Digest, n, err)
+			return nil, fmt.Errorf("%s: layer %d of %d: %w", what, n+1, len(layers), err)
 		}
 		i.layers = append(i.layers, l)
 	}
@@ -416,8 +418,8 @@ func blobsOf(raw []byte) ([]ocispec.Descriptor, error) {
 		Layers []json.RawMessage `json:"layers"`
 		Blobs  []json.RawMessage `json:"blobs"`
 	}
-	if err := json.Unmarshal(raw, &m); err != nil {
-		return nil, kind.Errorf(kind.Corrupt, "manifest: %w", err)
+	if err := source.Decode("manifest", raw, &m); err != nil {
+		return nil, err
 	}
 	list := append(m.Layers, m.Blobs...)
 	if m.Config != nil {
@@ -429,8 +431,8 @@ func blobsOf(raw []byte) ([]ocispec.Descriptor, error) {
 	var out []ocispec.Descriptor
 	for _, r := range list {
 		var o object
-		if err := json.Unmarshal(r, &o); err != nil {
-			return nil, kind.Errorf(kind.Corrupt, "descriptor: %w", err)
+		if err := source.Decode("descriptor", r, &o); err != nil {
+			return nil, err
 		}
 		d, err := descriptorOf(o)
 		if err != nil {

@@ -87,6 +87,9 @@ func (a *archive) unpack(ctx context.Context, spoolDir string, size *int64) erro
 	n, err := io.Copy(f, &cancelable{ctx, r})
 	if err != nil {
 		f.Close()
+		if kind.Of(err) == "" { // neither the spool's nor ours: the decompressor's
+			err = kind.Wrap(kind.Corrupt, err)
+		}
 		return fmt.Errorf("decompress: %w", err)
 	}
 	a.file.Close()

@@ -49,8 +49,8 @@ func openDockerArchive(ctx context.Context, reference, path, ref, spoolDir strin
 		return nil, fmt.Errorf("not an archive of docker save: %w", err)
 	}
 	var images []dockerImage
-	if err := json.Unmarshal(raw, &images); err != nil {
-		return nil, kind.Errorf(kind.Corrupt, "manifest.json: %w", err)
+	if err := Decode("manifest.json", raw, &images); err != nil {
+		return nil, err
 	}
 	image, err := chooseDocker(images, ref)
 	if err != nil {
@@ -84,12 +84,23 @@ func chooseDocker(images []dockerImage, ref string) (dockerImage, error) {
 	case len(found) == 1:
 		return found[0], nil
 	case len(found) == 0:
-		return dockerImage{}, kind.Errorf(kind.NotFound, "no image %.100q in the archive; it has %s", ref, strings.Join(tags, ", "))
+		return dockerImage{}, kind.Errorf(kind.NotFound, "the archive has %s", lacks(ref, tags))
 	case ref == "":
 		return dockerImage{}, kind.Errorf(kind.Invalid, "the archive holds %d images: append :REF, one of %s", len(found), strings.Join(tags, ", "))
 	default:
 		return dockerImage{}, kind.Errorf(kind.Invalid, "the archive has %d images named %.100q", len(found), ref)
 	}
+}
+
+// lacks says that there is no image called ref among those with tags, or none at all.
+func lacks(ref string, tags []string) string {
+	switch {
+	case ref == "":
+		return "no image at all"
+	case len(tags) == 0:
+		return fmt.Sprintf("no image %.100q, and none with a name", ref)
+	}
+	return fmt.Sprintf("no image %.100q, but %s", ref, strings.Join(tags, ", "))
 }
 
 func sameReference(a, b string) bool {
@@ -107,8 +118,8 @@ func (s *fromDocker) build(ctx context.Context, image dockerImage) error {
 		return err
 	}
 	var parsed ocispec.Image
-	if err := json.Unmarshal(config, &parsed); err != nil {
-		return kind.Errorf(kind.Corrupt, "image configuration %.200q: %w", image.Config, err)
+	if err := Decode(fmt.Sprintf("image configuration %.200q", image.Config), config, &parsed); err != nil {
+		return err
 	}
 	if len(parsed.RootFS.DiffIDs) != len(image.Layers) {
 		return kind.Errorf(kind.Corrupt, "the archive has %d layers, the image configuration names %d", len(image.Layers), len(parsed.RootFS.DiffIDs))
@@ -126,7 +137,7 @@ func (s *fromDocker) build(ctx context.Context, image dockerImage) error {
 	for i, l := range image.Layers {
 		d, err := s.layer(ctx, l, parsed.RootFS.DiffIDs[i])
 		if err != nil {
-			return fmt.Errorf("layer %d: %w", i, err)
+			return fmt.Errorf("layer %d of %d: %w", i+1, len(image.Layers), err)
 		}
 		s.names[d.Digest] = l
 		m.Layers = append(m.Layers, d)

@@ -71,8 +71,8 @@ func newLayout(reference string, f files, tag string) (_ Source, err error) {
 		return nil, err
 	}
 	var index ocispec.Index
-	if err := json.Unmarshal(raw, &index); err != nil {
-		return nil, kind.Errorf(kind.Corrupt, "index.json: %w", err)
+	if err := Decode("index.json", raw, &index); err != nil {
+		return nil, err
 	}
 	if s.root, err = choose(index.Manifests, tag); err != nil {
 		return nil, err
@@ -108,7 +108,7 @@ func choose(manifests []ocispec.Descriptor, tag string) (ocispec.Descriptor, err
 	case len(found) == 1:
 		return found[0], nil
 	case len(found) == 0:
-		return ocispec.Descriptor{}, kind.Errorf(kind.NotFound, "no image %.100q in the layout; it has %s", tag, strings.Join(tags, ", "))
+		return ocispec.Descriptor{}, kind.Errorf(kind.NotFound, "the layout has %s", lacks(tag, tags))
 	case tag == "":
 		return ocispec.Descriptor{}, kind.Errorf(kind.Invalid, "the layout holds %d images: append :TAG, one of %s", len(found), strings.Join(tags, ", "))
 	default:

@@ -11,6 +11,7 @@ package source
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -101,6 +102,26 @@ func readManifest(r io.Reader, d ocispec.Descriptor) ([]byte, error) {
 		return nil, kind.Errorf(kind.Corrupt, "manifest %s: the bytes have digest %s", d.Digest, got)
 	}
 	return raw, nil
+}
+
+// Decode decodes JSON of unknown origin. Its errors are kind.Corrupt, name what was
+// decoded, and speak of JSON, not of this program's types.
+func Decode(what string, raw []byte, into any) error {
+	err := json.Unmarshal(raw, into)
+	var kinds *json.UnmarshalTypeError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &kinds):
+		where := ""
+		if kinds.Field != "" {
+			where = fmt.Sprintf(" in its field %.100q", kinds.Field)
+		}
+		return kind.Errorf(kind.Corrupt, "%s: its JSON holds a %.40s%s where something else belongs", what, kinds.Value, where)
+	case len(raw) == 0:
+		return kind.Errorf(kind.Corrupt, "%s: it is missing or empty, JSON belongs there", what)
+	}
+	return kind.Errorf(kind.Corrupt, "%s: it is no valid JSON: %w", what, err)
 }
 
 func readBounded(r io.Reader, maxBytes int64) ([]byte, error) {

@@ -94,7 +94,7 @@ func (d *Display) Event(e convert.Event) {
 	}
 	d.layers[n] = e
 	d.dirty = true
-	if d.size == nil && e.State != before && (e.State == convert.StateWritten || e.State == convert.StateReused || e.State == convert.StateFailed) {
+	if d.size == nil && e.State != before && (e.State == convert.StateWritten || e.State == convert.StateReused) {
 		fmt.Fprintf(d.out, "%s layer %d/%d %s %s\n", e.Platform, e.Index+1, e.Count, short(e.Digest), describe(e))
 	}
 }
