@@ -2,6 +2,7 @@ package main
 
 import (
 	"path/filepath"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -44,14 +45,14 @@ func newDoctor() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			failed := 0
+			var failed []string
 			for _, f := range findings {
 				if f.State == doctor.Fail {
-					failed++
+					failed = append(failed, f.Check)
 				}
 			}
-			if failed > 0 {
-				return kind.Errorf(kind.Unsupported, "%d check(s) failed", failed)
+			if len(failed) > 0 {
+				return kind.Errorf(kind.Unsupported, "%s: %s", count(len(failed), "check failed", "checks failed"), strings.Join(failed, ", "))
 			}
 			return nil
 		},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -23,7 +24,7 @@ import (
 func newImage() *cobra.Command {
 	var where place
 	cmd := group("image", "Convert images and work with converted ones",
-		imageConvert(&where), imageList(&where), imageInspect(&where), imageRemove(&where))
+		imageConvert(&where), imageList(&where), imageInspect(&where), imageRemove(&where), imagePrune(&where))
 	where.register(cmd)
 	return cmd
 }
@@ -104,7 +105,7 @@ func runConvert(cmd *cobra.Command, where *place, o convert.Options, out *output
 	}
 	result, err := convert.Convert(cmd.Context(), o)
 	if err != nil {
-		return err
+		return interrupted{err, "nothing was pushed under " + o.Dest + "; finished blocks stay for the next run of the same command, or 'thaw image prune' deletes them"}
 	}
 	return out.print(cmd.OutOrStdout(), result, func(w *tabwriter.Writer) {
 		for _, image := range result.Images {
@@ -156,7 +157,7 @@ func imageInspect(where *place) *cobra.Command {
 			return where.call(cmd, func(c attacherv1.AttacherClient) error {
 				i, err := c.GetImage(cmd.Context(), &attacherv1.GetImageRequest{Reference: convert.Reference(a[0]), Platform: platform})
 				if err != nil {
-					return err
+					return unknown(err, "thaw image list")
 				}
 				if out.json {
 					return out.print(cmd.OutOrStdout(), i, nil)
@@ -207,7 +208,7 @@ layers. An image that a node has attached is refused.`,
 			return where.call(cmd, func(c attacherv1.AttacherClient) error {
 				ref := convert.Reference(a[0])
 				if _, err := c.GetImage(cmd.Context(), &attacherv1.GetImageRequest{Reference: ref, Platform: platform}); kind.Of(err) == kind.NotFound {
-					return err
+					return unknown(err, "thaw image list")
 				}
 				r, err := c.DeleteImage(cmd.Context(), &attacherv1.DeleteImageRequest{Reference: ref, Platform: platform})
 				if err != nil {
@@ -217,6 +218,7 @@ layers. An image that a node has attached is refused.`,
 					for _, b := range r.DeletedBlocks {
 						row(w, "deleted", b)
 					}
+					fmt.Fprintf(w, "forgot %s, %s\n", ref, count(len(r.DeletedBlocks), "block deleted", "blocks deleted"))
 				})
 			})
 		},
@@ -224,4 +226,57 @@ layers. An image that a node has attached is refused.`,
 	cmd.Flags().StringVar(&platform, "platform", "", "only this platform")
 	out.register(cmd)
 	return cmd
+}
+
+func imagePrune(where *place) *cobra.Command {
+	var out output
+	var dryRun bool
+	var age time.Duration
+	cmd := &cobra.Command{
+		Use: "prune", Short: "Delete the blocks that no image names", Args: noArgs,
+		Long: `Delete complete blocks that no image names, no node has attached and nothing is a
+clone of: what interrupted conversions left for their next run. A conversion that runs
+now keeps what it builds on.`,
+		Example: `  thaw image prune --dry-run
+  thaw image prune --older-than 24h --json`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if age < 0 {
+				return usage{fmt.Errorf("--older-than %s: must not be negative", age)}
+			}
+			return where.call(cmd, func(c attacherv1.AttacherClient) error {
+				r, err := c.PruneBlocks(cmd.Context(), &attacherv1.PruneBlocksRequest{MinAgeNanos: int64(age), DryRun: dryRun})
+				if err != nil {
+					return err
+				}
+				return out.print(cmd.OutOrStdout(), pruned{Blocks: append([]string{}, r.Blocks...), DryRun: dryRun}, func(w *tabwriter.Writer) {
+					did, done := "deleted", "deleted"
+					if dryRun {
+						did, done = "would delete", "would be deleted"
+					}
+					for _, b := range r.Blocks {
+						row(w, did, b)
+					}
+					fmt.Fprintln(w, count(len(r.Blocks), "block "+done, "blocks "+done))
+				})
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only say which")
+	cmd.Flags().DurationVar(&age, "older-than", 0, "leave blocks that were completed more recently, as 90m or 24h")
+	out.register(cmd)
+	return cmd
+}
+
+// pruned is what thaw image prune --json prints.
+type pruned struct {
+	Blocks []string `json:"blocks"`
+	DryRun bool     `json:"dry_run"`
+}
+
+// unknown tells who asked for what is not there how to see what is.
+func unknown(err error, list string) error {
+	if errors.Is(err, kind.NotFound) {
+		return fmt.Errorf("%w: '%s' shows what there is", err, list)
+	}
+	return err
 }

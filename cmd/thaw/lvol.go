@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -61,7 +62,7 @@ func lvolVerb(where *place, use, short, example string, args int, run func(*cobr
 			return where.call(cmd, func(c attacherv1.AttacherClient) error {
 				l, err := run(cmd, c, a)
 				if err != nil {
-					return err
+					return unknown(err, "thaw lvol list")
 				}
 				return printLvols(cmd, &out, []*attacherv1.Lvol{l})
 			})
@@ -161,10 +162,14 @@ func lvolDelete(where *place) *cobra.Command {
 		RunE: func(cmd *cobra.Command, a []string) error {
 			return where.call(cmd, func(c attacherv1.AttacherClient) error {
 				// A person who deletes what is not there has mistyped.
-				if _, err := c.GetLvol(cmd.Context(), &attacherv1.GetLvolRequest{Name: a[0]}); err != nil {
-					return err
+				l, err := c.GetLvol(cmd.Context(), &attacherv1.GetLvolRequest{Name: a[0]})
+				if err != nil {
+					return unknown(err, "thaw lvol list")
 				}
-				_, err := c.DeleteLvol(cmd.Context(), &attacherv1.DeleteLvolRequest{Name: a[0]})
+				_, err = c.DeleteLvol(cmd.Context(), &attacherv1.DeleteLvolRequest{Name: a[0]})
+				if n := len(l.Clones); n > 0 && errors.Is(err, kind.InUse) {
+					return fmt.Errorf("%w: delete or decouple them first: %s", err, strings.Join(l.Clones[:min(n, 5)], ", "))
+				}
 				return err
 			})
 		},
@@ -175,6 +180,7 @@ func lvolPool(where *place) *cobra.Command {
 	var out output
 	cmd := &cobra.Command{
 		Use: "pool", Short: "Show the pool's size and free space", Args: noArgs,
+		Example: "  thaw lvol pool --json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return where.call(cmd, func(c attacherv1.AttacherClient) error {
 				s, err := c.GetStore(cmd.Context(), &attacherv1.GetStoreRequest{})
@@ -201,7 +207,8 @@ func lvolCheck(where *place) *cobra.Command {
 
 Works while the server runs and when it does not. --scrub also reads all data and
 verifies its checksums. --repair gives leaked clusters back. Exit status 7 means
-that problems remain.`,
+that problems remain. Blocks that no image names are no problem: 'thaw image prune'
+deletes them.`,
 		Example: "  thaw lvol check --scrub --json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			report, err := checkStore(cmd, where, repair, scrub)
@@ -211,7 +218,7 @@ that problems remain.`,
 			if err := printCheck(cmd, &out, report); err != nil {
 				return err
 			}
-			remain := 0
+			remain := int(report.MoreProblems)
 			for _, p := range report.Problems {
 				if !p.Repaired {
 					remain++
@@ -238,6 +245,12 @@ func printCheck(cmd *cobra.Command, out *output, r *attacherv1.CheckStoreRespons
 				state = "repaired"
 			}
 			row(w, p.Type, dash(p.Lvol), p.OffsetBytes, p.Detail, state)
+		}
+		if r.MoreProblems > 0 {
+			fmt.Fprintf(w, "and %d more\n", r.MoreProblems)
+		}
+		if n := len(r.ReusableBlocks); n > 0 {
+			fmt.Fprintf(w, "%s: 'thaw image prune' deletes them\n", count(n, "block that no image names", "blocks that no image names"))
 		}
 	})
 }

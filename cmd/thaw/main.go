@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -59,7 +60,7 @@ func exitCode(err error) int {
 		return 6
 	case kind.Corrupt:
 		return 7
-	case kind.Denied:
+	case kind.Denied, kind.ReadOnly:
 		return 8
 	case kind.Unsupported:
 		return 9
@@ -78,9 +79,11 @@ Exit status:
   0  done               5  server not running or registry unreachable
   1  failed             6  no space left
   2  wrong usage/input  7  damaged data
-  3  not found          8  permission denied
+  3  not found          8  permission denied, read-only
   4  in use or exists   9  newer format, or not supported here
-  130  interrupted`
+  130  interrupted
+
+An error is one line on standard error: what failed, where, and what to do.`
 
 func newRoot() *cobra.Command {
 	root := &cobra.Command{
@@ -94,7 +97,7 @@ func newRoot() *cobra.Command {
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return usage{fmt.Errorf("%w\nSee '%s --help'", err, cmd.CommandPath())}
+		return usage{fmt.Errorf("%s: %w: see '%s --help'", cmd.CommandPath(), err, cmd.CommandPath())}
 	})
 	root.AddCommand(
 		newServer(), newKeeper(), newImage(), newLvol(), newSnapshot(),
@@ -112,10 +115,19 @@ func exactArgs(n int) cobra.PositionalArgs {
 			return nil
 		}
 		if n == 0 && cmd.HasSubCommands() {
-			return usage{fmt.Errorf("unknown command %q for %q\nSee '%s --help'", args[0], cmd.CommandPath(), cmd.CommandPath())}
+			return usage{unknownCommand(cmd, args[0])}
 		}
-		return usage{fmt.Errorf("%s takes %d argument(s), got %d\nUsage: %s", cmd.CommandPath(), n, len(args), cmd.UseLine())}
+		return usage{fmt.Errorf("%s takes %d argument(s), got %d: call it as '%s'", cmd.CommandPath(), n, len(args), cmd.UseLine())}
 	}
+}
+
+// unknownCommand says what cmd has instead of name.
+func unknownCommand(cmd *cobra.Command, name string) error {
+	cmd.SuggestionsMinimumDistance = 2
+	if near := cmd.SuggestionsFor(name); len(near) > 0 {
+		return fmt.Errorf("%s has no command %.40q: did you mean %s? See '%s --help'", cmd.CommandPath(), name, strings.Join(near, " or "), cmd.CommandPath())
+	}
+	return fmt.Errorf("%s has no command %.40q: see '%s --help'", cmd.CommandPath(), name, cmd.CommandPath())
 }
 
 // group returns a noun: a command that only holds verbs.
@@ -138,10 +150,23 @@ func main() {
 	os.Exit(exitCode(err))
 }
 
-// message is what a person reads: an interrupted command says just that.
+// message is what a person reads, in one line: an interrupted command says just that,
+// and what it left, if it said so.
 func message(ctx context.Context, err error) string {
-	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || kind.Of(err) == kind.Canceled) {
-		return "interrupted"
+	var stopped interrupted
+	switch {
+	case ctx.Err() == nil || !errors.Is(err, context.Canceled) && kind.Of(err) != kind.Canceled:
+		return strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
+	case errors.As(err, &stopped):
+		return "interrupted: " + stopped.left
 	}
-	return err.Error()
+	return "interrupted"
 }
+
+// interrupted says what a command that was interrupted left.
+type interrupted struct {
+	error
+	left string
+}
+
+func (i interrupted) Unwrap() error { return i.error }

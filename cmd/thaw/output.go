@@ -47,6 +47,14 @@ func ageText(unixNanos int64) string {
 	return units.HumanDuration(time.Since(time.Unix(0, unixNanos))) + " ago"
 }
 
+// count writes "1 block", "2 blocks".
+func count(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprint(n, " ", many)
+}
+
 func dash(s string) string {
 	if s == "" {
 		return "-"

@@ -35,7 +35,7 @@ started again. SIGTERM and Ctrl-C stop it; disks in use stay attached and wait.
 			}
 			if level != "" {
 				if err := config.LogLevel.UnmarshalText([]byte(level)); err != nil {
-					return usage{fmt.Errorf("--log-level: %w", err)}
+					return usage{fmt.Errorf("--log-level %.40q: must be debug, info, warn or error", level)}
 				}
 			}
 			if printDefaults {

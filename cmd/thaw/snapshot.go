@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"sort"
 	"strings"
 	"text/tabwriter"
@@ -10,9 +11,11 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 
 	"github.com/thaw-project/thaw/image/annotation"
+	"github.com/thaw-project/thaw/kind"
 )
 
 func newSnapshot() *cobra.Command {
@@ -36,7 +39,16 @@ func (p *place) withSnapshotter(cmd *cobra.Command, f func(context.Context, snap
 	// The keys are containerd's, which carry its own namespace; the call needs
 	// some namespace all the same.
 	ctx := namespaces.WithNamespace(cmd.Context(), namespaces.Default)
-	return f(ctx, proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "thaw"))
+	err = f(ctx, proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "thaw"))
+	switch {
+	case errdefs.IsNotFound(err):
+		return kind.Wrap(kind.NotFound, err)
+	case errdefs.IsFailedPrecondition(err):
+		return kind.Wrap(kind.InUse, err)
+	case errdefs.IsUnavailable(err):
+		return kind.Wrap(kind.Unavailable, err)
+	}
+	return err
 }
 
 type snapshotInfo struct {
@@ -94,9 +106,13 @@ func snapshotMounts(where *place) *cobra.Command {
 	var out output
 	cmd := &cobra.Command{
 		Use: "mounts NAME", Short: "Show the mounts containerd gets for an active snapshot", Args: exactArgs(1),
+		Example: "  thaw snapshot mounts k8s.io/12/web",
 		RunE: func(cmd *cobra.Command, a []string) error {
 			return where.withSnapshotter(cmd, func(ctx context.Context, s snapshots.Snapshotter) error {
 				mounts, err := s.Mounts(ctx, a[0])
+				if errdefs.IsNotFound(err) {
+					err = fmt.Errorf("no active containerd snapshot %.200q: 'thaw snapshot list' shows what there is: %w", a[0], errdefs.ErrNotFound)
+				}
 				if err != nil {
 					return err
 				}
