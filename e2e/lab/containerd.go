@@ -34,8 +34,12 @@ type ContainerdOptions struct {
 	// the lab's own.
 	BinDir string
 
-	// CRI keeps the Kubernetes services enabled.
-	CRI bool
+	// CRI keeps the Kubernetes services enabled, with Thaw as their snapshotter,
+	// and Sandbox as the image of pods' sandboxes. LocalPull has them pull without
+	// the transfer service.
+	CRI       bool
+	Sandbox   string
+	LocalPull bool
 }
 
 // Namespace is the containerd namespace that everything in a lab uses.
@@ -113,7 +117,7 @@ func (c *Containerd) configText(o ContainerdOptions, old bool) string {
 		}
 	}
 	if o.CRI {
-		b.WriteString(criConfig)
+		fmt.Fprintf(&b, criConfig, o.LocalPull, o.Sandbox)
 	}
 	return b.String()
 }
@@ -125,6 +129,9 @@ const criConfig = `[plugins."io.containerd.cri.v1.runtime"]
 [plugins."io.containerd.cri.v1.images"]
   snapshotter = "thaw"
   disable_snapshot_annotations = false
+  use_local_image_pull = %t
+  [plugins."io.containerd.cri.v1.images".pinned_images]
+    sandbox = %q
 `
 
 func quoted(values []string) string {
