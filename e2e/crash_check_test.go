@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -138,18 +139,7 @@ func (c *crash) settle(t *testing.T) {
 		if err != nil {
 			return permanent{err}
 		}
-		var differ []string
-		for _, line := range lines {
-			if !slices.Contains(c.baseline, line) {
-				differ = append(differ, "left: "+line)
-			}
-		}
-		for _, line := range c.baseline {
-			if !slices.Contains(lines, line) {
-				differ = append(differ, "gone: "+line)
-			}
-		}
-		if len(differ) > 0 {
+		if differ := difference(c.baseline, lines); len(differ) > 0 {
 			return fmt.Errorf("\n%s", strings.Join(differ, "\n"))
 		}
 		return nil
@@ -158,6 +148,27 @@ func (c *crash) settle(t *testing.T) {
 		c.fatal(t, "%v", err)
 	}
 	t.Logf("after round %d everything is removed, nothing is left and the store is clean; %.1f s", c.lastRound, time.Since(begin).Seconds())
+}
+
+// difference has a line for each line of an inventory that is in one and not in the
+// other; two mounts on one place are two lines.
+func difference(before, now []string) (lines []string) {
+	count := map[string]int{}
+	for _, line := range now {
+		count[line]++
+	}
+	for _, line := range before {
+		count[line]--
+	}
+	for _, line := range slices.Sorted(maps.Keys(count)) {
+		for range count[line] {
+			lines = append(lines, "left: "+line)
+		}
+		for range -count[line] {
+			lines = append(lines, "gone: "+line)
+		}
+	}
+	return lines
 }
 
 // checkQcow2 has QEMU check the writable layers, none of which is in use.

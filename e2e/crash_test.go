@@ -25,8 +25,9 @@ import (
 )
 
 const (
-	// crashRounds is how often TestCrash kills when THAW_CRASH_ROUNDS does not say.
-	crashRounds = 9
+	// crashRounds is how often TestCrash kills when THAW_CRASH_ROUNDS does not say:
+	// each victim once.
+	crashRounds = 12
 	// settleEvery is after how many rounds what a round made is removed, and
 	// everything is compared with how it was.
 	settleEvery = 10
@@ -48,8 +49,9 @@ type crash struct {
 	deck       []victim
 	typical    map[string]time.Duration // by operation: how long it takes undisturbed
 	converting atomic.Pointer[os.Process]
-	suffix     string // of containers' ids: runc, which labs share, must not see one twice
-	temporary  string // TMPDIR of Thaw's processes
+	over       <-chan struct{} // closed when the round's operation has ended
+	suffix     string          // of containers' ids: runc, which labs share, must not see one twice
+	temporary  string          // TMPDIR of Thaw's processes
 	baseline   []string
 	lastRound  int
 }
@@ -305,8 +307,12 @@ func (c *crash) round(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	begin := time.Now()
-	done := make(chan error, 1)
-	go func() { done <- op.run(ctx) }()
+	done, over := make(chan error, 1), make(chan struct{})
+	c.over = over
+	go func() {
+		done <- op.run(ctx)
+		close(over)
+	}()
 	var first error
 	ended := false
 	select {
@@ -371,6 +377,8 @@ type victim struct {
 	kill func(c *crash, t *testing.T, wait func())
 	// converts victims need a conversion to run.
 	converts bool
+	// mounts victims are there while something is mounted or unmounted.
+	mounts bool
 	// spares victims leave containers, and what containerd does in them, alone.
 	spares bool
 	// breaks victims take containers with them.
@@ -386,6 +394,7 @@ var victims = []victim{
 	{name: "keeper", kill: (*crash).killKeeper, spares: true},
 	{name: "keeper, server", kill: (*crash).killInTurn, spares: true},
 	{name: "converter", kill: (*crash).killConverter, converts: true, spares: true},
+	{name: "server's helper", kill: (*crash).killHelper, mounts: true, spares: true},
 	{name: "containerd", kill: (*crash).killContainerd},
 	{name: "containerd+server", kill: (*crash).killContainerdAndServer},
 	{name: "server (SIGTERM)", kill: (*crash).stopServer, spares: true},
@@ -493,6 +502,25 @@ func (c *crash) killConverter(t *testing.T, _ func()) {
 	t.Helper()
 	if p := c.converting.Load(); p != nil {
 		_ = p.Kill() // or it has ended
+	}
+}
+
+// killHelper kills the next process that the server has mount something for it.
+func (c *crash) killHelper(t *testing.T, _ func()) {
+	t.Helper()
+	keepers := c.s.KeeperPids()
+	for {
+		for _, pid := range c.s.Children() {
+			if !slices.Contains(keepers, pid) {
+				_ = unix.Kill(pid, unix.SIGKILL) // or it has ended
+				return
+			}
+		}
+		select {
+		case <-c.over:
+			return
+		case <-time.After(100 * time.Microsecond):
+		}
 	}
 }
 

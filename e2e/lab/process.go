@@ -230,6 +230,27 @@ func (p *Process) CPU() (time.Duration, error) {
 	return time.Duration(ticks) * clockTick, nil
 }
 
+// Children returns the processes that the program has started and not reaped.
+func (p *Process) Children() []int {
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", p.Pid()))
+	if err != nil {
+		return nil
+	}
+	var pids []int
+	for _, f := range files {
+		data, err := os.ReadFile(f)
+		if err != nil {
+			continue // the thread ended meanwhile
+		}
+		for text := range strings.FieldsSeq(string(data)) {
+			if pid, err := strconv.Atoi(text); err == nil {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
+}
+
 // Pids returns the lab's processes whose command line contains match.
 func (l *Lab) Pids(match string) []int {
 	var pids []int
