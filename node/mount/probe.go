@@ -3,7 +3,6 @@ package mount
 import (
 	"encoding/binary"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"unsafe"
@@ -168,7 +167,11 @@ func loopFact() Fact {
 		return f
 	}
 	control.Close()
-	used, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	used, err := Loops()
+	if err != nil {
+		f.Detail = err.Error()
+		return f
+	}
 	f.OK, f.Detail = true, strconv.Itoa(len(used))+" loop devices in use"
 	return f
 }

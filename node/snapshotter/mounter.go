@@ -2,9 +2,6 @@ package snapshotter
 
 import (
 	"context"
-	"os"
-	"path/filepath"
-	"strings"
 
 	"github.com/thaw-project/thaw/node/mount"
 	"github.com/thaw-project/thaw/node/present"
@@ -36,7 +33,7 @@ type Mounter interface {
 	AttachLoop(ctx context.Context, path string) (device string, err error)
 
 	// Loops lists the attached loop devices.
-	Loops() ([]Loop, error)
+	Loops() ([]mount.Loop, error)
 
 	// DetachLoop detaches the loop device of path; none is no error, and one in use
 	// goes away with its last user.
@@ -58,12 +55,6 @@ type Node struct {
 	Directory bool `json:"directory"`
 	UID       int  `json:"uid"`
 	GID       int  `json:"gid"`
-}
-
-// Loop is an attached loop device.
-type Loop struct {
-	Device string // as "/dev/loop7"
-	File   string // what it shows
 }
 
 // systemMounter is the real Mounter.
@@ -90,25 +81,7 @@ func (systemMounter) AttachLoop(ctx context.Context, path string) (string, error
 	return mount.AttachLoop(ctx, path, mount.LoopOptions{DirectIO: true})
 }
 
-// Loops looks into sysfs, which answers without opening any device.
-func (systemMounter) Loops() ([]Loop, error) {
-	found, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
-	if err != nil {
-		return nil, err
-	}
-	var loops []Loop
-	for _, f := range found {
-		file, err := os.ReadFile(f)
-		if err != nil {
-			continue // detached meanwhile
-		}
-		loops = append(loops, Loop{
-			Device: "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(f))),
-			File:   strings.TrimSuffix(string(file), "\n"),
-		})
-	}
-	return loops, nil
-}
+func (systemMounter) Loops() ([]mount.Loop, error) { return mount.Loops() }
 
 func (systemMounter) DetachLoop(ctx context.Context, path string) error {
 	return mount.DetachLoop(ctx, path)
