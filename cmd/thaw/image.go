@@ -40,8 +40,8 @@ func imageConvert(where *place) *cobra.Command {
 		Long: `Turn an OCI image into blocks and push a manifest that names them.
 
 SOURCE is a registry reference, oci:DIR[:TAG], oci-archive:FILE[:TAG] or
-docker-archive:FILE[:REF]. DEST is a registry reference. It keeps the source's
-config and layers, so that any client can still pull it.
+docker-archive:FILE[:REF]. DEST is a registry reference or oci:DIR:TAG. It keeps the
+source's config and layers, so that any client can still pull it.
 
 Layers that an earlier conversion wrote are shared, not written again. A conversion
 that was interrupted goes on where it was.`,
@@ -80,6 +80,8 @@ that was interrupted goes on where it was.`,
 	f.StringVar(&o.SpoolDir, "spool-dir", "", "directory for layers in flight (default the temporary directory)")
 	f.BoolVar(&quiet, "quiet", false, "no progress")
 	out.register(cmd)
+	oneOf(cmd, "mode", string(block.ModeOverlayfs), string(block.ModeOverlaybd))
+	oneOf(cmd, "filesystem", string(block.Ext4), string(block.Erofs))
 	return cmd
 }
 
@@ -109,13 +111,16 @@ func runConvert(cmd *cobra.Command, where *place, o convert.Options, out *output
 	}
 	return out.print(cmd.OutOrStdout(), result, func(w *tabwriter.Writer) {
 		for _, image := range result.Images {
+			if len(result.Images) > 1 {
+				fmt.Fprintln(w, image.Platform)
+			}
 			row(w, "LAYER", "BLOCK", "STATE", "SIZE", "WRITTEN")
 			for i, l := range image.Layers {
 				state := "written"
 				if l.Reused {
 					state = "shared"
 				}
-				row(w, i, l.Block, state, bytesText(l.AppliedBytes), bytesText(l.WrittenBytes))
+				row(w, i+1, l.Block, state, bytesText(l.AppliedBytes), bytesText(l.WrittenBytes))
 			}
 			row(w, "leaf", image.Soldier)
 		}
@@ -138,6 +143,11 @@ func imageList(where *place) *cobra.Command {
 					row(w, "IMAGE", "PLATFORM", "MODE", "FILESYSTEM", "BLOCKS", "CREATED")
 					for _, i := range r.Images {
 						row(w, i.Reference, i.Platform, i.Mode, i.Filesystem, len(i.Blocks), ageText(i.CreatedUnixNanos))
+					}
+					// What else fills the pool; of no importance when it cannot be told.
+					p, err := c.PruneBlocks(cmd.Context(), &attacherv1.PruneBlocksRequest{DryRun: true})
+					if err == nil && len(p.Blocks) > 0 {
+						fmt.Fprintf(w, "and %s: 'thaw image prune' deletes them\n", count(len(p.Blocks), "block of no image", "blocks of no image"))
 					}
 				})
 			})
@@ -166,6 +176,7 @@ func imageInspect(where *place) *cobra.Command {
 			})
 		},
 	}
+	cmd.ValidArgsFunction = completeNames(where, imageNames)
 	cmd.Flags().StringVar(&platform, "platform", "", "os/arch[/variant] when the image has several")
 	out.register(cmd)
 	return cmd
@@ -223,6 +234,7 @@ layers. An image that a node has attached is refused.`,
 			})
 		},
 	}
+	cmd.ValidArgsFunction = completeNames(where, imageNames)
 	cmd.Flags().StringVar(&platform, "platform", "", "only this platform")
 	out.register(cmd)
 	return cmd

@@ -68,6 +68,9 @@ func lvolVerb(where *place, use, short, example string, args int, run func(*cobr
 			})
 		},
 	}
+	if !strings.HasPrefix(use, "create ") { // its first argument is a new name
+		cmd.ValidArgsFunction = completeNames(where, lvolNames)
+	}
 	out.register(cmd)
 	return cmd
 }
@@ -156,7 +159,8 @@ func lvolDecouple(where *place) *cobra.Command {
 }
 
 func lvolDelete(where *place) *cobra.Command {
-	return &cobra.Command{
+	var out output
+	cmd := &cobra.Command{
 		Use: "delete NAME", Short: "Delete a volume and free what only it uses", Args: exactArgs(1),
 		Example: "  thaw lvol delete experiment",
 		RunE: func(cmd *cobra.Command, a []string) error {
@@ -170,10 +174,16 @@ func lvolDelete(where *place) *cobra.Command {
 				if n := len(l.Clones); n > 0 && errors.Is(err, kind.InUse) {
 					return fmt.Errorf("%w: delete or decouple them first: %s", err, strings.Join(l.Clones[:min(n, 5)], ", "))
 				}
-				return err
+				if err != nil {
+					return err
+				}
+				return out.print(cmd.OutOrStdout(), map[string]string{"deleted": a[0]}, func(w *tabwriter.Writer) { row(w, "deleted", a[0]) })
 			})
 		},
 	}
+	cmd.ValidArgsFunction = completeNames(where, lvolNames)
+	out.register(cmd)
+	return cmd
 }
 
 func lvolPool(where *place) *cobra.Command {
@@ -225,7 +235,7 @@ deletes them.`,
 				}
 			}
 			if remain > 0 {
-				return kind.Errorf(kind.Corrupt, "%d problem(s) in the pool", remain)
+				return kind.Errorf(kind.Corrupt, "%s in the pool: 'thaw lvol check --repair' gives leaked clusters back; convert images with damaged blocks again", count(remain, "problem", "problems"))
 			}
 			return nil
 		},
@@ -238,7 +248,12 @@ deletes them.`,
 
 func printCheck(cmd *cobra.Command, out *output, r *attacherv1.CheckStoreResponse) error {
 	return out.print(cmd.OutOrStdout(), r, func(w *tabwriter.Writer) {
-		fmt.Fprintf(w, "%d clusters checked, %s read, %d problem(s)\n", r.CheckedClusters, bytesText(r.ScrubbedBytes), len(r.Problems))
+		read := ""
+		if r.ScrubbedBytes > 0 {
+			read = bytesText(r.ScrubbedBytes) + " read, "
+		}
+		fmt.Fprintf(w, "%s checked, %s%s\n", count(int(r.CheckedClusters), "cluster", "clusters"), read,
+			count(len(r.Problems)+int(r.MoreProblems), "problem", "problems"))
 		for _, p := range r.Problems {
 			state := ""
 			if p.Repaired {

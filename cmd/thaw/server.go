@@ -78,7 +78,8 @@ func serverTeardown(where *place) *cobra.Command {
 		Long: `Unmount and detach what a stopped server left attached: block mounts, loop devices,
 the presentation and the keeper. Nothing on disk is deleted. What a container still
 uses makes it fail, unless --force, which breaks that container.`,
-		Args: noArgs,
+		Example: "  thaw server teardown --force",
+		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			config, err := where.load()
 			if err != nil {
