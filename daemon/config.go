@@ -41,11 +41,14 @@ func (s Size) MarshalText() ([]byte, error) {
 	return []byte(units.CustomSize("%.4g%s", float64(s), 1024, []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB"})), nil
 }
 
+// maxSize bounds a size: what is more overflows as soon as anything is added.
+const maxSize = 1 << 62
+
 // ParseSize parses a size as the configuration and the command line write it; K, M,
 // G and T are powers of 1024 with or without "iB".
 func ParseSize(text string) (int64, error) {
 	n, err := units.RAMInBytes(text)
-	if err != nil || n <= 0 {
+	if err != nil || n <= 0 || n > maxSize {
 		return 0, kind.Errorf(kind.Invalid, "size %.40q: write it as 20GiB or 512MiB", text)
 	}
 	return n, nil

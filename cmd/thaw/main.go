@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"syscall"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -156,11 +157,22 @@ func message(ctx context.Context, err error) string {
 	var stopped interrupted
 	switch {
 	case ctx.Err() == nil || !errors.Is(err, context.Canceled) && kind.Of(err) != kind.Canceled:
-		return strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
+		return oneLine(err.Error())
 	case errors.As(err, &stopped):
 		return "interrupted: " + stopped.left
 	}
 	return "interrupted"
+}
+
+// oneLine makes text fit for a terminal: a path or a name may hold anything.
+func oneLine(text string) string {
+	lines := strings.FieldsFunc(text, func(r rune) bool { return r == '\n' || r == '\r' })
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, strings.Join(lines, "; "))
 }
 
 // interrupted says what a command that was interrupted left.

@@ -100,6 +100,7 @@ func TestMessagesAreOneLine(t *testing.T) {
 	}{
 		{t.Context(), errors.Join(errors.New("a"), errors.New("b")), "a; b"},
 		{t.Context(), errors.New("a\r\nb\n"), "a; b"},
+		{t.Context(), errors.New("no file \x1b[31mx\x00"), "no file \ufffd[31mx\ufffd"},
 		{canceled, kind.Wrap(kind.Canceled, errors.New("deep within")), "interrupted"},
 		{canceled, interrupted{context.Canceled, "nothing is left"}, "interrupted: nothing is left"},
 		{canceled, errors.New("a disk failed"), "a disk failed"},

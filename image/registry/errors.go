@@ -59,7 +59,8 @@ func Explain(what string, err error) error {
 	case errors.As(err, &neterr), errors.Is(err, io.EOF):
 		return kind.Errorf(kind.Unavailable, "%s: %s", what, printable(err.Error()))
 	}
-	return fmt.Errorf("%s: %s", what, printable(err.Error()))
+	// What a registry says that makes no sense, or leads where it must not.
+	return kind.Errorf(kind.Invalid, "%s: %s", what, printable(err.Error()))
 }
 
 func explainStatus(what string, status *transport.Error) error {
