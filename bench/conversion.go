@@ -42,7 +42,9 @@ func (b *bench) pull(ctx context.Context) (_ sample, err error) {
 	// files for a minute after many were deleted, which the next pull would pay for.
 	defer func() { err = errors.Join(err, c.Stop()) }()
 	node := b.node(c, nil)
-	settle()
+	if err := settle(); err != nil {
+		return nil, err
+	}
 	before, err := c.CPU()
 	if err != nil {
 		return nil, err
@@ -69,7 +71,9 @@ func (b *bench) convert(ctx context.Context, v variant) (_ sample, err error) {
 		ctx := context.WithoutCancel(ctx)
 		err = errors.Join(err, t.Shutdown(ctx), os.RemoveAll(filepath.Dir(t.Root)))
 	}()
-	settle()
+	if err := settle(); err != nil {
+		return nil, err
+	}
 	before, err := t.CPU()
 	if err != nil {
 		return nil, err

@@ -178,7 +178,9 @@ func (b *bench) runJob(ctx context.Context, root, under string, j job) (_ sample
 	if err != nil {
 		return nil, err
 	}
-	settle()
+	if err := settle(); err != nil {
+		return nil, err
+	}
 	iops, mibs, err := b.fioJob(ctx, file, append([]string{fmt.Sprintf("--size=%d", sizeBytes)}, j.args...)...)
 	if j.unit == "IOPS" {
 		return sample{"": iops}, err

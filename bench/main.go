@@ -196,7 +196,8 @@ func (b *bench) comparisons() []comparison {
 
 // settle lets what earlier runs left to write reach the disk, so that the next does
 // not pay for it.
-func settle() {
-	unix.Sync()
+func settle() error {
+	err := lab.Sync()
 	time.Sleep(50 * time.Millisecond)
+	return err
 }

@@ -85,8 +85,7 @@ func (b *bench) pulled(ctx context.Context, t *lab.Thaw, ref string) (*warmNode,
 	if w.image, err = w.node.Pull(ctx, ref); err != nil {
 		return nil, err
 	}
-	settle()
-	return w, nil
+	return w, settle()
 }
 
 // node is a containerd's with Thaw's snapshotter, or with overlayfs when t is nil.

@@ -80,7 +80,9 @@ func (b *bench) lvols() (all []comparison) {
 					return nil, err
 				}
 				defer func() { err = errors.Join(err, done()) }()
-				settle()
+				if err := settle(); err != nil {
+					return nil, err
+				}
 				perSecond, err := p.run(ctx, io)
 				if m.unit == "MiB/s" {
 					perSecond *= float64(p.bytes) / (1 << 20)

@@ -438,10 +438,26 @@ func removeCgroups(name string) {
 	}
 }
 
-// DropCaches writes back and drops the page cache, dentries and inodes of the whole
-// machine, so that what runs next reads from the disk.
+// Sync writes back the file system that labs are on. It is not sync(2), which waits
+// for every file system of the machine, also for one whose server hangs.
+func Sync() error {
+	dir, err := os.Open(os.TempDir())
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := unix.Syncfs(int(dir.Fd())); err != nil {
+		return fmt.Errorf("sync the file system of %s: %w", dir.Name(), err)
+	}
+	return nil
+}
+
+// DropCaches writes back the labs' file system and drops the page cache, dentries and
+// inodes of the whole machine, so that what runs next reads from the disk.
 func DropCaches() error {
-	unix.Sync()
+	if err := Sync(); err != nil {
+		return err
+	}
 	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3\n"), 0)
 }
 
