@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -88,12 +89,15 @@ func (n *Node) RemoveImage(ctx context.Context, ref string) error {
 // Collect runs containerd's garbage collection to its end.
 func (n *Node) Collect(ctx context.Context) error {
 	ctx = n.context(ctx)
-	// A lease deleted synchronously makes containerd collect before it answers.
-	_, done, err := n.Containerd.Client.WithLease(ctx)
+	// A lease deleted synchronously makes containerd collect before it answers. Without
+	// that it may not collect at all: it forgets requests that come while a collection
+	// takes snapshots away.
+	s := n.Containerd.Client.LeasesService()
+	lease, err := s.Create(ctx, leases.WithRandomID(), leases.WithExpiration(time.Minute))
 	if err != nil {
 		return err
 	}
-	return done(ctx)
+	return s.Delete(ctx, lease, leases.SynchronousDelete)
 }
 
 // ReachesSnapshotter returns an error while containerd does not get an answer from
