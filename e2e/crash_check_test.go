@@ -129,7 +129,8 @@ func (c *crash) settle(t *testing.T) {
 	for _, it := range c.items {
 		if !it.ordinary {
 			if err := c.forget(t.Context(), it.dest); err != nil {
-				c.fatal(t, "remove %s: %v", it.name, err)
+				lines, ierr := c.inventory(t.Context())
+				c.fatal(t, "remove %s: %v; there is (%v)\n%s", it.name, err, ierr, strings.Join(difference(c.baseline, lines), "\n"))
 			}
 		}
 	}
