@@ -151,9 +151,9 @@ func (b *bench) badImages(t *testing.T) {
 	convert := func(source string, more ...string) []string { return g.convertArgs(source, "bad-dest", more...) }
 
 	cases := []bad{
-		{name: "truncated blob", args: convert(truncated), code: exitCorrupt, says: []string{"layer 1 of 1", "sha256:", "truncated"}},
-		{name: "digest mismatch", args: convert(flipped), code: exitCorrupt, says: []string{"layer 1 of 1", "the bytes have digest"}},
-		{name: "blob longer than its size", args: convert(longer), code: exitCorrupt, says: []string{"layer 1 of 1", "longer than"}},
+		{name: "truncated blob", args: convert(truncated), code: exitCorrupt, says: []string{"layer 1 of 1", "sha256:", "truncated", "push it again"}},
+		{name: "digest mismatch", args: convert(flipped), code: exitCorrupt, says: []string{"layer 1 of 1", "the bytes have digest", "push it again"}},
+		{name: "blob longer than its size", args: convert(longer), code: exitCorrupt, says: []string{"layer 1 of 1", "longer than", "push it again"}},
 		{name: "blob that is gone", args: convert(gone), code: exitNotFound, says: []string{"layer 1 of 1", "sha256:"}},
 		{name: "digest mismatch of the configuration", args: convert(config), code: exitCorrupt, says: []string{"image configuration sha256:"}},
 	}
@@ -223,7 +223,7 @@ func (g *ground) badManifests(t *testing.T, convert func(string, ...string) []st
 		{name: "broken configuration", args: convert(edited(t, func(l *layout, m *ocispec.Manifest) {
 			m.Config = l.blob(ocispec.MediaTypeImageConfig, []byte(`{"rootfs": "none"`))
 		})), code: exitCorrupt, says: []string{"image configuration"}},
-		{name: "more layers than the configuration names", args: convert(edited(t, func(_ *layout, m *ocispec.Manifest) { m.Layers = append(m.Layers, m.Layers[0]) })), code: exitCorrupt, says: []string{"2 layers", "names 1"}},
+		{name: "more layers than the configuration names", args: convert(edited(t, func(_ *layout, m *ocispec.Manifest) { m.Layers = append(m.Layers, m.Layers[0]) })), code: exitCorrupt, says: []string{"2 layers", "names 1", "build or push it again"}},
 		{name: "content that is not the configuration's", args: convert(edited(t, func(l *layout, m *ocispec.Manifest) {
 			m.Layers[0] = l.blob(ocispec.MediaTypeImageLayer, tarball(file("other", nil)))
 		})), code: exitCorrupt, says: []string{"layer 1 of 1", "diff id"}},

@@ -433,6 +433,8 @@ func (b *bench) badRegistry(t *testing.T) {
 		{name: "no password for the destination", args: to(locked.Ref("x", "1"), empty), code: exitDenied, says: []string{locked.Address, "credentials"}, hides: hides},
 		{name: "right password, nothing there", args: g.convertArgs(private, "x", "--docker-config", right), code: exitNotFound, says: []string{"private"}, hides: hides},
 		{name: "broken docker configuration", args: g.convertArgs(private, "x", "--docker-config", broken), code: exitInvalid, says: []string{broken}, hides: hides},
+		{name: "no such docker configuration", args: g.convertArgs(private, "x", "--docker-config", "/none"), code: exitNotFound, says: []string{"/none"}},
+		{name: "docker configuration that is a file", args: g.convertArgs(private, "x", "--docker-config", filepath.Join(broken, "config.json")), code: exitInvalid, says: []string{"name the directory"}},
 		{name: "no such credential helper", args: g.convertArgs(private, "x", "--docker-config", helper), code: exitDenied, says: []string{"docker-credential-thaw-none"}, hides: hides},
 		{name: "registry that refuses connections", args: g.convertArgs(nobodyThere+"/app:1", "x"), code: exitUnavailable, says: []string{nobodyThere, "refused"}},
 		{name: "destination that refuses connections", args: to(nobodyThere+"/app:1", empty), code: exitUnavailable, says: []string{nobodyThere, "refused"}},
@@ -497,6 +499,9 @@ func (b *bench) fullDisk(t *testing.T) {
 		g.refuse(t, []bad{{
 			name: "virtual size too small for the files", args: g.convertArgs(source, "x", "--virtual-size", "64MiB"),
 			code: exitInvalid, says: []string{"layer 1 of 1", "virtual size"},
+		}, {
+			name: "virtual size too small for the file system with the files", code: exitNoSpace, says: []string{"layer 1 of 1", "no space left", "--virtual-size than 64MiB"},
+			args: g.convertArgs(g.pushLayers(t, "full", tarball(file("zeros", make([]byte, 62<<20)))), "x", "--virtual-size", "64MiB", "--mode", "overlaybd"),
 		}})
 	})
 }

@@ -225,12 +225,12 @@ func (b *bench) badServer(t *testing.T) {
 			return nil
 		})
 	}
-	refuse("damaged attacher.db", bad{code: exitCorrupt, says: []string{"attacher.db"}}, func(t *testing.T, p *place) []string {
+	refuse("damaged attacher.db", bad{code: exitCorrupt, says: []string{"attacher.db", "backup", "--root"}}, func(t *testing.T, p *place) []string {
 		b.once(t, *p)
 		writeFile(t, filepath.Join(p.root, "attacher.db"), strings.Repeat("no database ", 4096))
 		return nil
 	})
-	refuse("damaged pool database", bad{code: exitCorrupt, says: []string{"meta.db"}}, func(t *testing.T, p *place) []string {
+	refuse("damaged pool database", bad{code: exitCorrupt, says: []string{"meta.db", "backup"}}, func(t *testing.T, p *place) []string {
 		b.once(t, *p)
 		writeFile(t, filepath.Join(p.root, "pool/meta.db"), strings.Repeat("no database ", 4096))
 		return nil
@@ -278,6 +278,14 @@ func (b *bench) badMachine(t *testing.T) {
 			c.refused(t, run(t, without(p.args("lvol", "check")...)))
 		})
 	}
+	t.Run("doctor on a read-only root", func(t *testing.T) {
+		p := b.place(t)
+		readOnly(t, p.root)
+		o := run(t, b.lab.Command(t.Context(), "thaw", p.args("doctor", "--json")...))
+		if f := finding(t, o, "disk"); f.State != doctor.Fail || !strings.Contains(f.Detail, p.root) || !strings.Contains(f.Advice, "--root") {
+			t.Errorf("%+v", f)
+		}
+	})
 	t.Run("no containerd", func(t *testing.T) {
 		g := b.ground(t) // with no containerd at all
 		none := filepath.Join(g.dir, "containerd.sock")

@@ -10,6 +10,7 @@ import (
 
 	"github.com/thaw-project/thaw/daemon"
 	"github.com/thaw-project/thaw/keeper"
+	"github.com/thaw-project/thaw/kind"
 )
 
 func newServer() *cobra.Command {
@@ -51,7 +52,11 @@ started again. SIGTERM and Ctrl-C stop it; disks in use stay attached and wait.
 			if err != nil {
 				return err
 			}
-			return daemon.Serve(cmd.Context(), config, keeper, logger)
+			err = daemon.Serve(cmd.Context(), config, keeper, logger)
+			if kind.Of(err) == kind.Corrupt {
+				return fmt.Errorf("%w: restore %s from a backup, or start with another --root and convert the images again", err, config.Root)
+			}
+			return err
 		},
 	}
 	where.register(cmd)

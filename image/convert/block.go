@@ -171,7 +171,7 @@ func (c *conversion) fillWork(ctx context.Context, i *image, n int, work string,
 	if err != nil {
 		return fmt.Errorf("open exported %s: %w", work, err)
 	}
-	err = c.applyLayer(ctx, i, n, disk, blob, t)
+	err = advise(c.applyLayer(ctx, i, n, disk, blob, t))
 	if err == nil {
 		err = c.explainWrite(disk.Sync())
 	}

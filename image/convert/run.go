@@ -67,7 +67,7 @@ func Convert(ctx context.Context, options Options) (_ Result, err error) {
 	defer client.Close()
 	src, err := source.Open(ctx, options.Source, client, options.SpoolDir)
 	if err != nil {
-		return Result{}, err
+		return Result{}, advise(err)
 	}
 	defer src.Close()
 	c := &conversion{options: options, source: src}
@@ -75,7 +75,7 @@ func Convert(ctx context.Context, options Options) (_ Result, err error) {
 		return Result{}, err
 	}
 	if c.plan, err = makePlan(ctx, src, options.Platforms); err != nil {
-		return Result{}, err
+		return Result{}, advise(err)
 	}
 	// Before hours of work, not after.
 	if err := c.dest.check(ctx); err != nil {
@@ -202,7 +202,7 @@ func (c *conversion) push(ctx context.Context, fetcher *spool.Fetcher, d ocispec
 		used = append(used, b)
 		// Nothing leaves that is not what its digest says.
 		if err := b.Verified(ctx); err != nil {
-			return nil, err
+			return nil, advise(err)
 		}
 		return io.NopCloser(b.NewReader(ctx)), nil
 	})
@@ -328,6 +328,14 @@ func (c *conversion) writeChainOnce(ctx context.Context, fetcher *spool.Fetcher,
 	leaf := i.layers[len(i.layers)-1].block
 	_, err := call(ctx, c.store.client.CloneLvol, &attacherv1.CloneLvolRequest{Snapshot: leaf, Name: i.soldier, ReadOnly: true})
 	return cloneError(leaf, i.soldier, err)
+}
+
+// advise says what to do about an error that the source is damaged.
+func advise(err error) error {
+	if kind.Of(err) == kind.Corrupt {
+		return fmt.Errorf("%w: the source is damaged: build or push it again", err)
+	}
+	return err
 }
 
 // layerError says which layer err is about.

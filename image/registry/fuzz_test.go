@@ -17,9 +17,9 @@ import (
 	"github.com/thaw-project/thaw/kind"
 )
 
-// clear checks an error for a person: it has a kind, is one line of bounded length
+// legible checks an error for a person: it has a kind, is one line of bounded length
 // and tells no secret.
-func clear(t *testing.T, err error) {
+func legible(t *testing.T, err error) {
 	t.Helper()
 	if kind.Of(err) == "" {
 		t.Errorf("no kind: %v", err)
@@ -83,6 +83,7 @@ func FuzzAnswers(f *testing.F) {
 	f.Add(416, "", "", "", "", int64(1<<40))
 	f.Add(302, "", "", "", "", int64(0))
 	host := strings.TrimPrefix(h.URL, "http://")
+	empty := f.TempDir()
 	f.Fuzz(func(t *testing.T, status int, contentType, contentRange, authenticate, body string, offset int64) {
 		// Others close the connection before any header. 429 and 5xx are tried
 		// again, with pauses, which fuzzing has no time for; so is 408.
@@ -92,7 +93,7 @@ func FuzzAnswers(f *testing.F) {
 		h.mu.Lock()
 		h.says = answer{status, contentType, contentRange, authenticate, body}
 		h.mu.Unlock()
-		client, err := New(Options{PlainHTTP: true, DockerConfigDir: "/none"})
+		client, err := New(Options{PlainHTTP: true, DockerConfigDir: empty})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -104,7 +105,7 @@ func FuzzAnswers(f *testing.F) {
 		repository := client.Repository(ref.Context())
 		d, raw, err := repository.Manifest(t.Context(), "1")
 		if err != nil {
-			clear(t, err)
+			legible(t, err)
 		} else if d.Digest != digest.FromBytes(raw) || d.Size != int64(len(raw)) || string(raw) != body {
 			t.Errorf("%+v for %q", d, raw)
 		}
@@ -112,17 +113,17 @@ func FuzzAnswers(f *testing.F) {
 		if _, _, err := repository.Manifest(t.Context(), other); err == nil {
 			t.Errorf("a manifest of another digest than %s", other)
 		} else {
-			clear(t, err)
+			legible(t, err)
 		}
 		r, err := repository.Blob(t.Context(), digest.FromString("blob"), offset)
 		if err != nil {
-			clear(t, err)
+			legible(t, err)
 			return
 		}
 		defer r.Close()
 		got, err := io.ReadAll(r)
 		if err != nil {
-			clear(t, err)
+			legible(t, err)
 		}
 		want := body
 		if status != http.StatusPartialContent {
@@ -164,7 +165,7 @@ func FuzzDockerConfig(f *testing.F) {
 			if strings.Contains(err.Error(), "docker-credential-") { // names the helper, on purpose
 				return
 			}
-			clear(t, err)
+			legible(t, err)
 			return
 		}
 		if _, err := auth.Authorization(); err != nil {
@@ -185,7 +186,7 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, s string) {
 		ref, err := client.Parse(s)
 		if err != nil {
-			clear(t, err)
+			legible(t, err)
 			return
 		}
 		if len(ref.Context().Name()) > 255 {

@@ -68,7 +68,8 @@ type Client struct {
 	keychain  *keychain
 }
 
-// New returns a client. Nothing is contacted before it is needed.
+// New returns a client. Nothing is contacted before it is needed. Files that options
+// name and that cannot be used are an error.
 func New(options Options) (*Client, error) {
 	pool, err := x509.SystemCertPool()
 	if err != nil {
@@ -81,6 +82,15 @@ func New(options Options) (*Client, error) {
 		}
 		if !pool.AppendCertsFromPEM(pem) {
 			return nil, kind.Errorf(kind.Invalid, "CA file %s holds no PEM certificate", options.CAFile)
+		}
+	}
+	if dir := options.DockerConfigDir; dir != "" {
+		info, err := os.Stat(dir)
+		if err != nil {
+			return nil, fmt.Errorf("docker configuration: %w", err)
+		}
+		if !info.IsDir() {
+			return nil, kind.Errorf(kind.Invalid, "docker configuration %s is a file: name the directory that config.json is in", dir)
 		}
 	}
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}

@@ -90,7 +90,7 @@ func sound(t *testing.T, s Source) {
 	for _, d := range append(m.Layers, m.Config) {
 		f, err := local.File(d)
 		if err != nil {
-			clear(t, err)
+			legible(t, err)
 			continue
 		}
 		if _, err := io.Copy(io.Discard, io.NewSectionReader(f, 0, 1<<20)); err != nil {
@@ -108,9 +108,9 @@ func sound(t *testing.T, s Source) {
 	}
 }
 
-// clear checks an error for a person: it has a kind, and is one line of bounded
+// legible checks an error for a person: it has a kind, and is one line of bounded
 // length.
-func clear(t *testing.T, err error) {
+func legible(t *testing.T, err error) {
 	t.Helper()
 	if kind.Of(err) == "" {
 		t.Errorf("no kind: %v", err)
@@ -153,7 +153,7 @@ func FuzzArchive(f *testing.F) {
 		} {
 			s, err := open()
 			if err != nil {
-				clear(t, err)
+				legible(t, err)
 				continue
 			}
 			sound(t, s)
@@ -228,7 +228,7 @@ func FuzzLayout(f *testing.F) {
 		case err != nil && strings.Contains(err.Error(), "nobody should ask"):
 			t.Error(err)
 		case err != nil:
-			clear(t, err)
+			legible(t, err)
 		default:
 			sound(t, s)
 		}
@@ -254,7 +254,7 @@ func FuzzDockerManifest(f *testing.F) {
 		}
 		s, err := openDockerArchive(t.Context(), "docker-archive:x", path, ref, "")
 		if err != nil {
-			clear(t, err)
+			legible(t, err)
 			return
 		}
 		sound(t, s)
