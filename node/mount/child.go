@@ -1,7 +1,7 @@
 package mount
 
 import (
-	"bytes"
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,7 +9,10 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"slices"
+	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -30,7 +33,7 @@ const (
 	opDetach       = "detach"
 )
 
-// request is what a child reads from its standard input, as JSON.
+// request is what a child reads from its standard input, as a line of JSON.
 type request struct {
 	Op     string       `json:"op"`
 	Disk   present.Disk `json:"disk,omitzero"`
@@ -66,28 +69,51 @@ func init() {
 	}
 }
 
-// childMain does the one operation that stdin asks for.
+// childMain does the operations that stdin asks for, one after the other, until it
+// ends.
 func childMain(stdin io.Reader, stdout io.Writer) int {
-	var req request
-	var resp response
-	raw, err := io.ReadAll(io.LimitReader(stdin, maxMessageBytes))
-	if err == nil {
-		err = json.Unmarshal(raw, &req)
+	for in := newMessages(stdin); ; {
+		var req request
+		var resp response
+		err := in.read(&req)
+		if err == io.EOF {
+			return 0
+		}
+		last := err != nil // what follows would be read wrongly
+		if err == nil {
+			resp.Device, err = req.run()
+		}
+		if err != nil {
+			resp.Kind, resp.Error = kind.Of(err), err.Error()
+		}
+		raw, err := json.Marshal(resp)
+		if err == nil {
+			_, err = stdout.Write(append(raw, '\n'))
+		}
+		if err != nil || last {
+			return 1
+		}
 	}
-	if err == nil {
-		resp.Device, err = req.run()
+}
+
+// messages reads JSON texts of bounded size, each on a line of its own.
+type messages struct{ lines *bufio.Scanner }
+
+func newMessages(r io.Reader) messages {
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, maxMessageBytes)
+	return messages{lines}
+}
+
+// read returns io.EOF when there is no further message.
+func (m messages) read(v any) error {
+	if m.lines.Scan() {
+		return json.Unmarshal(m.lines.Bytes(), v)
 	}
-	if err != nil {
-		resp.Kind, resp.Error = kind.Of(err), err.Error()
+	if err := m.lines.Err(); err != nil {
+		return err
 	}
-	raw, err = json.Marshal(resp)
-	if err == nil {
-		_, err = stdout.Write(raw)
-	}
-	if err != nil {
-		return 1
-	}
-	return 0
+	return io.EOF
 }
 
 func (r *request) run() (device string, err error) {
@@ -112,51 +138,178 @@ func (r *request) run() (device string, err error) {
 	return "", kind.Errorf(kind.Invalid, "unknown operation %q", r.Op)
 }
 
+// child is a process that waits for requests, or does one.
+type child struct {
+	cmd   *exec.Cmd
+	stdin io.WriteCloser
+	out   messages
+	timer *time.Timer // ends it when it waited long enough; guarded by idle.Mutex
+}
+
+const (
+	// maxIdle is how many children wait for a next request: a container's disk needs
+	// one at a time, and two that start at once are common.
+	maxIdle = 2
+	// idleTime is how long each waits. To start one costs three milliseconds of CPU
+	// and, on a busy machine, several turns of waiting for it, which a burst of
+	// starting containers pays once; memory is given back soon after.
+	idleTime = 5 * time.Second
+)
+
+// idle holds the children that wait.
+var idle struct {
+	sync.Mutex
+	children []*child // guarded by Mutex; the last came last
+}
+
+// takeChild returns a waiting child, or nil.
+func takeChild() *child {
+	idle.Lock()
+	defer idle.Unlock()
+	n := len(idle.children)
+	if n == 0 {
+		return nil
+	}
+	c := idle.children[n-1]
+	idle.children = idle.children[:n-1]
+	c.timer.Stop() // if it runs already, it does not find c
+	return c
+}
+
+// giveBack keeps c for a next request, or ends it.
+func (c *child) giveBack() {
+	idle.Lock()
+	full := len(idle.children) >= maxIdle
+	if !full {
+		idle.children = append(idle.children, c)
+		var timer *time.Timer
+		timer = time.AfterFunc(idleTime, func() {
+			idle.Lock()
+			i := slices.Index(idle.children, c)
+			old := i < 0 || c.timer != timer // taken meanwhile, and perhaps given back
+			if !old {
+				idle.children = slices.Delete(idle.children, i, i+1)
+			}
+			idle.Unlock()
+			if !old {
+				c.end()
+			}
+		})
+		c.timer = timer
+	}
+	idle.Unlock()
+	if full {
+		c.end()
+	}
+}
+
+func startChild() (*child, error) {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Args = []string{childName}
+	// It allocates next to nothing, and collects before that becomes much.
+	cmd.Env = []string{"GOMAXPROCS=1", "GOGC=off", "GOMEMLIMIT=16MiB"}
+	cmd.Dir = "/"
+	// A session of its own: Ctrl-C must not stop it half-way.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		stdin.Close()
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	return &child{cmd: cmd, stdin: stdin, out: newMessages(stdout)}, nil
+}
+
+// end has a child that does nothing end, and reaps it. One that is killed and waits
+// for a disk ends when the disk answers.
+func (c *child) end() error {
+	c.stdin.Close()
+	return c.cmd.Wait()
+}
+
+// do has the child do req. An error says that it did not answer.
+func (c *child) do(req request) (resp response, err error) {
+	raw, err := json.Marshal(req)
+	if err == nil {
+		_, err = c.stdin.Write(append(raw, '\n'))
+	}
+	if err == nil {
+		err = c.out.read(&resp)
+	}
+	return resp, err
+}
+
 // call has a child do req. When ctx ends first, the child is killed and left to be
-// reaped; one that waits for a disk ends when the disk answers.
+// reaped; one that waits for a disk ends when the disk answers. A child that died
+// while it waited is replaced: whatever it began can be done again.
 func call(ctx context.Context, req request) (string, error) {
 	if err := ctx.Err(); err != nil {
 		return "", kind.Errorf(kind.Canceled, "%s: %w", &req, err)
 	}
-	raw, err := json.Marshal(req)
-	if err != nil {
-		return "", fmt.Errorf("%s: %w", &req, err)
+	c := takeChild()
+	if c != nil {
+		resp, err := callChild(ctx, c, req)
+		if err == nil || ctx.Err() != nil {
+			return finish(&req, resp, err)
+		}
 	}
-	var stdout bytes.Buffer
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Args = []string{childName}
-	cmd.Env = []string{"GOMAXPROCS=1", "GOGC=off"}
-	cmd.Dir = "/"
-	cmd.Stdin = bytes.NewReader(raw)
-	cmd.Stdout = &stdout
-	// A session of its own: Ctrl-C must not stop it half-way.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
+	c, err := startChild()
+	if err != nil {
 		return "", fmt.Errorf("%s: start child: %w", &req, err)
 	}
-	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
-	select {
-	case err = <-done:
-	case <-ctx.Done():
-		cmd.Process.Kill()
-		return "", kind.Errorf(kind.Canceled, "%s: %w", &req, ctx.Err())
+	resp, err := callChild(ctx, c, req)
+	return finish(&req, resp, err)
+}
+
+// callChild has c do req and gives it back, or ends it if it did not answer.
+func callChild(ctx context.Context, c *child, req request) (response, error) {
+	type answer struct {
+		response
+		err error
 	}
-	if err != nil {
-		return "", fmt.Errorf("%s: child: %w", &req, err)
-	}
-	var resp response
-	if err := json.Unmarshal(stdout.Bytes(), &resp); err != nil {
-		return "", fmt.Errorf("%s: child's answer: %w", &req, err)
-	}
-	if resp.Error != "" {
-		err := fmt.Errorf("%s: %s", &req, resp.Error)
-		if resp.Kind == "" {
-			return "", err
+	done := make(chan answer, 1)
+	go func() {
+		resp, err := c.do(req)
+		if err != nil {
+			c.cmd.Process.Kill()
+			if died := c.end(); died != nil {
+				err = fmt.Errorf("%w (%w)", err, died)
+			}
 		}
-		return "", kind.Wrap(resp.Kind, err)
+		done <- answer{resp, err}
+	}()
+	select {
+	case a := <-done:
+		if a.err != nil {
+			return response{}, fmt.Errorf("child: %w", a.err)
+		}
+		c.giveBack()
+		return a.response, nil
+	case <-ctx.Done():
+		// The goroutine reaps it.
+		c.cmd.Process.Kill()
+		return response{}, kind.Wrap(kind.Canceled, ctx.Err())
 	}
-	return resp.Device, nil
+}
+
+func finish(req *request, resp response, err error) (string, error) {
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("%s: %w", req, err)
+	case resp.Error == "":
+		return resp.Device, nil
+	}
+	err = fmt.Errorf("%s: %s", req, resp.Error)
+	if resp.Kind == "" {
+		return "", err
+	}
+	return "", kind.Wrap(resp.Kind, err)
 }
 
 var errNoLoop = errors.New("no loop device")

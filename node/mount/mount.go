@@ -6,9 +6,9 @@
 // answered, and a process with such a thread cannot end, so that its successor,
 // which would answer, waits for its locks in vain. Therefore no exported function
 // of this package that may touch a disk does so in the calling process, except
-// Ext4Detached: the work is done by a short-lived child, the same executable with
-// another name, which is recognised before main runs. A killed server leaves a
-// child that finishes its one operation.
+// Ext4Detached: the work is done by a child, the same executable with another name,
+// which is recognised before main runs. It waits some seconds for further work and
+// then ends. A killed server leaves a child that finishes its one operation.
 //
 // The package must not know images, containerd or who presents the disk.
 package mount

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -328,10 +329,75 @@ func TestProbe(t *testing.T) {
 }
 
 func TestChildRefusesNonsense(t *testing.T) {
-	for _, in := range []string{"", "{", "[]", `{"op":"format"}`, `{"op":"erofs","disk":{"path":"/nonexistent"},"target":"/nonexistent"}`} {
+	for in, code := range map[string]int{
+		"{": 1, "[]": 1, strings.Repeat(" ", maxMessageBytes+1): 1, // then nothing that follows can be trusted
+		`{"op":"format"}`: 0, `{"op":"erofs","disk":{"path":"/nonexistent"},"target":"/nonexistent"}`: 0,
+	} {
 		var out bytes.Buffer
-		if code := childMain(strings.NewReader(in), &out); code != 0 || !strings.Contains(out.String(), `"error"`) {
-			t.Errorf("%q: exit %d, %s", in, code, &out)
+		if got := childMain(strings.NewReader(in), &out); got != code || !strings.Contains(out.String(), `"error"`) {
+			t.Errorf("%.50q: exit %d, %s", in, got, &out)
+		}
+	}
+	var out bytes.Buffer
+	if code := childMain(strings.NewReader(""), &out); code != 0 || out.Len() > 0 {
+		t.Errorf("nothing to do: exit %d, %s", code, &out)
+	}
+}
+
+func idlePids() (pids []int) {
+	idle.Lock()
+	defer idle.Unlock()
+	for _, c := range idle.children {
+		pids = append(pids, c.cmd.Process.Pid)
+	}
+	return pids
+}
+
+// TestChildAgain does many operations with one child, one after another's death, and
+// sees the children go when there is nothing to do.
+func TestChildAgain(t *testing.T) {
+	ctx := t.Context()
+	do := func() []int {
+		t.Helper()
+		if err := Unmount(ctx, t.TempDir()); err != nil {
+			t.Fatal(err)
+		}
+		return idlePids()
+	}
+	first := do()
+	for range 20 {
+		if now := do(); !slices.Equal(now, first) {
+			t.Fatalf("children %v, then %v", first, now)
+		}
+	}
+	for _, pid := range first {
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+	after := do()
+	if len(after) == 0 || slices.Contains(first, after[len(after)-1]) {
+		t.Fatalf("killed children %v, then %v", first, after)
+	}
+
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			if err := Unmount(ctx, "/nonexistent"); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	pids := idlePids()
+	if len(pids) > maxIdle {
+		t.Errorf("%d children wait, more than %d", len(pids), maxIdle)
+	}
+	for _, pid := range pids {
+		for deadline := time.Now().Add(10 * idleTime); unix.Kill(pid, 0) == nil; time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("child %d waits for ever", pid)
+			}
 		}
 	}
 }
