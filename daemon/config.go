@@ -163,12 +163,20 @@ func LoadConfig(path string) (Config, error) {
 			if key := strings.Join(decode.Key(), "."); key != "" {
 				where += fmt.Sprintf(", key %.80q", key)
 			}
-			return Config{}, kind.Errorf(kind.Invalid, "configuration %s, %s: %w", path, where, err)
+			// The parser's words for a value of another type name this program's types.
+			text := strings.TrimPrefix(err.Error(), "toml: ")
+			text = goType.ReplaceAllString(goTable.ReplaceAllString(text, " into a table"), " into a $1")
+			return Config{}, kind.Errorf(kind.Invalid, "configuration %s, %s: %s", path, where, text)
 		}
 		return Config{}, kind.Errorf(kind.Invalid, "configuration %s: %w", path, err)
 	}
 	return config, nil
 }
+
+var (
+	goTable = regexp.MustCompile(` into struct field \S+ of type daemon\.\S+$`)
+	goType  = regexp.MustCompile(` into struct field \S+ of type (\S+)$`)
+)
 
 // minPoolClusters is the least that a pool is made with: one holds its superblock.
 const minPoolClusters = 4
