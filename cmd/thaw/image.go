@@ -100,12 +100,13 @@ func runConvert(cmd *cobra.Command, where *place, o convert.Options, out *output
 	}
 	defer done()
 	o.Attacher = client
+	closeBars := func() {}
 	if !quiet {
 		bars := progress.New(os.Stderr)
-		defer bars.Close()
-		o.Progress = bars.Event
+		o.Progress, closeBars = bars.Event, bars.Close
 	}
 	result, err := convert.Convert(cmd.Context(), o)
+	closeBars() // before anything else is printed
 	if err != nil {
 		return interrupted{err, "nothing was pushed under " + o.Dest + "; finished blocks stay for the next run of the same command, or 'thaw image prune' deletes them"}
 	}

@@ -115,9 +115,9 @@ func Decode(what string, raw []byte, into any) error {
 	case errors.As(err, &kinds):
 		where := ""
 		if kinds.Field != "" {
-			where = fmt.Sprintf(" in its field %.100q", kinds.Field)
+			where = fmt.Sprintf(" in field %.100q", kinds.Field)
 		}
-		return kind.Errorf(kind.Corrupt, "%s: its JSON holds a %.40s%s where something else belongs", what, kinds.Value, where)
+		return kind.Errorf(kind.Corrupt, "%s: its JSON holds the wrong kind of value (%.40s%s)", what, kinds.Value, where)
 	case len(raw) == 0:
 		return kind.Errorf(kind.Corrupt, "%s: it is missing or empty, JSON belongs there", what)
 	}

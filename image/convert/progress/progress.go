@@ -44,7 +44,7 @@ func New(out *os.File) *Display {
 	}
 	return newDisplay(out, func() (int, int) {
 		columns, rows, err := term.GetSize(fd)
-		if err != nil {
+		if err != nil || columns <= 0 || rows <= 0 { // a terminal that does not know
 			return 80, 24
 		}
 		return columns, rows
