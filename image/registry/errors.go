@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -49,8 +50,14 @@ func Explain(what string, err error) error {
 			k = own
 		}
 		hint := ""
-		if errors.Is(uerr, unix.ECONNREFUSED) {
+		var certificate *tls.CertificateVerificationError
+		switch {
+		case errors.Is(uerr, unix.ECONNREFUSED):
 			hint = ": nothing listens there: check the address, or start the registry"
+		case errors.Is(uerr, http.ErrSchemeMismatch):
+			k, hint = kind.Denied, ": the registry has no TLS: allow that with --plain-http"
+		case errors.As(uerr, &certificate):
+			k, hint = kind.Denied, ": name the certificate of its authority with --ca-file"
 		}
 		return kind.Errorf(k, "%s: %s %s: %s%s", what, strings.ToUpper(uerr.Op), bare(uerr.URL), printable(withoutQuery(uerr.Err.Error(), uerr.URL)), hint)
 	case errors.Is(err, io.ErrUnexpectedEOF):
