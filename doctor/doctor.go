@@ -120,6 +120,9 @@ func fuseDevice(context.Context, Options) Finding {
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		f.State, f.Detail, f.Advice = Fail, "open /dev/fuse: "+err.Error(), "load the module (modprobe fuse) or use a kernel with CONFIG_FUSE_FS"
+		if errors.Is(err, fs.ErrPermission) {
+			f.Advice = "run as root; in a container, pass the device to it"
+		}
 		return f
 	}
 	unix.Close(fd)

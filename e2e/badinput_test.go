@@ -417,6 +417,20 @@ func (b *bench) badRegistry(t *testing.T) {
 	}
 	g.file(t, "helper/config.json", `{"credsStore": "thaw-none"}`)
 
+	link, err := b.lab.NewLink("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	open, err := b.lab.StartRegistry(t.Context(), lab.RegistryOptions{Behind: link})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := open.Stop(); err != nil {
+			t.Error(err)
+		}
+	}()
+
 	private := locked.Ref("private", "1")
 	to := func(dest, config string) []string {
 		return []string{"image", "convert", "--plain-http", "--quiet", "--spool-dir", g.spool, "--docker-config", config, ref, dest}
@@ -438,6 +452,8 @@ func (b *bench) badRegistry(t *testing.T) {
 		{name: "no such credential helper", args: g.convertArgs(private, "x", "--docker-config", helper), code: exitDenied, says: []string{"docker-credential-thaw-none"}, hides: hides},
 		{name: "registry that refuses connections", args: g.convertArgs(nobodyThere+"/app:1", "x"), code: exitUnavailable, says: []string{nobodyThere, "refused"}},
 		{name: "destination that refuses connections", args: to(nobodyThere+"/app:1", empty), code: exitUnavailable, says: []string{nobodyThere, "refused"}},
+		{name: "registry without TLS", args: []string{"image", "convert", open.Ref("app", "1"), g.registry.Ref("x", "thaw")}, code: exitDenied, says: []string{open.Address, "TLS", "--plain-http"}},
+		{name: "destination without TLS", args: []string{"image", "convert", ref, open.Ref("app", "1")}, code: exitDenied, says: []string{open.Address, "TLS", "--plain-http"}},
 		{name: "registry without a name", args: g.convertArgs("registry.invalid/app:1", "x"), code: exitUnavailable, says: []string{"registry.invalid"}},
 	})
 	t.Run("the right password works", func(t *testing.T) {
