@@ -211,6 +211,7 @@ func FuzzStream(f *testing.F) {
 	f.Add(bomb, 1<<16)
 	f.Add([]byte{0x28, 0xb5, 0x2f, 0xfd, 0xff, 0xff, 0xff, 0xff}, 1)
 	f.Add([]byte{}, 1)
+	f.Add([]byte("\x1f\x8b\b0000000"), 4) // ends in the middle of gzip's header
 	f.Fuzz(func(t *testing.T, blob []byte, step int) {
 		const most = 2 << 20
 		var reported int64

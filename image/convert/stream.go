@@ -132,6 +132,9 @@ func damaged(err error) error {
 	if kind.Of(err) != "" {
 		return err
 	}
+	if errors.Is(err, io.EOF) { // in the middle of a header: nobody must take it for the end
+		err = io.ErrUnexpectedEOF
+	}
 	return kind.Errorf(kind.Corrupt, "decompress: %w", err)
 }
 
