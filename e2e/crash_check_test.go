@@ -117,13 +117,13 @@ func (c *crash) stable(t *testing.T) []string {
 func (c *crash) settle(t *testing.T) {
 	t.Helper()
 	begin := time.Now()
+	c.waitContainerd(t)
 	for _, it := range c.items {
 		if err := c.remove(t.Context(), it); err != nil {
 			c.fatal(t, "remove %s: %v", it.name, err)
 		}
 	}
-	// A killed containerd's own leases last for a day.
-	if err := c.n.DropLeases(t.Context()); err != nil {
+	if err := c.n.Tidy(t.Context()); err != nil {
 		c.fatal(t, "%v", err)
 	}
 	for _, it := range c.items {

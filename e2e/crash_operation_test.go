@@ -200,11 +200,12 @@ func (c *crash) forgetItem(it *item) *operation {
 	}
 }
 
-// forget removes a converted image from the store. While a node has it attached, for
-// a moment after containerd removed its snapshots, that is refused.
+// forget removes a converted image from the store. While a node has it attached that
+// is refused: for a moment after containerd removed its snapshots, or until containerd
+// finds those that it could not remove while the snapshotter was dead.
 func (c *crash) forget(ctx context.Context, dest string) error {
 	const notFound, inUse = 3, 4 // exit statuses
-	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; {
 		_, err := c.s.Do(ctx, "image", "remove", dest)
 		var exit *exec.ExitError
 		if err == nil || !errors.As(err, &exit) || exit.ExitCode() != inUse || time.Now().After(deadline) {
@@ -213,6 +214,8 @@ func (c *crash) forget(ctx context.Context, dest string) error {
 			}
 			return err
 		}
+		time.Sleep(200 * time.Millisecond)
+		_ = c.n.Tidy(ctx) // fails while containerd is dead, too
 	}
 }
 

@@ -115,9 +115,11 @@ func (n *Node) ReachesSnapshotter(ctx context.Context) error {
 	return err
 }
 
-// DropLeases removes all leases and waits until what they held is collected. A
-// containerd that was killed in a pull leaves one.
-func (n *Node) DropLeases(ctx context.Context) error {
+// Tidy makes containerd take away what it forgot when it, or the snapshotter, was
+// killed: leases that last for a day, and snapshots that its metadata does not know.
+// It looks for those after a snapshot was removed, once, and not again when the
+// snapshotter does not answer then.
+func (n *Node) Tidy(ctx context.Context) error {
 	ctx = n.context(ctx)
 	s := n.Containerd.Client.LeasesService()
 	list, err := s.List(ctx)
@@ -128,6 +130,14 @@ func (n *Node) DropLeases(ctx context.Context) error {
 		if err := s.Delete(ctx, l); err != nil && !errdefs.IsNotFound(err) {
 			return err
 		}
+	}
+	snapshotter := n.Containerd.Client.SnapshotService(n.Snapshotter)
+	key := fmt.Sprintf("tidy-%d", time.Now().UnixNano())
+	if _, err := snapshotter.Prepare(ctx, key, ""); err != nil {
+		return err
+	}
+	if err := snapshotter.Remove(ctx, key); err != nil {
+		return err
 	}
 	return n.Collect(ctx)
 }
