@@ -31,6 +31,8 @@ const (
 	opUnmount      = "unmount"
 	opAttach       = "attach"
 	opDetach       = "detach"
+	opLstat        = "lstat"
+	opOverlayDirs  = "overlay-directories"
 )
 
 // request is what a child reads from its standard input, as a line of JSON.
@@ -40,17 +42,22 @@ type request struct {
 	Target string       `json:"target,omitempty"`
 	Path   string       `json:"path,omitempty"`
 	Loop   LoopOptions  `json:"loop,omitzero"`
+	Paths  []string     `json:"paths,omitempty"`
+	UID    int          `json:"uid,omitempty"`
+	GID    int          `json:"gid,omitempty"`
 }
 
 // response is what it writes to its standard output.
 type response struct {
 	Device string    `json:"device,omitempty"`
+	Nodes  []Node    `json:"nodes,omitempty"`
 	Kind   kind.Kind `json:"kind,omitempty"`
 	Error  string    `json:"error,omitempty"`
 }
 
-// maxMessageBytes bounds requests and responses: paths and an error text.
-const maxMessageBytes = 64 << 10
+// maxMessageBytes bounds requests and responses: paths, a few hundred of them at
+// most, and an error text.
+const maxMessageBytes = 1 << 20
 
 func (r *request) String() string {
 	switch r.Op {
@@ -58,6 +65,10 @@ func (r *request) String() string {
 		return fmt.Sprintf("mount %s on %s as %s", r.Disk.Path, r.Target, r.Op)
 	case opUnmount:
 		return "unmount " + r.Target
+	case opLstat:
+		return "look at directories"
+	case opOverlayDirs:
+		return "make directories of an overlay in " + r.Path
 	default:
 		return r.Op + " loop device for " + r.Path
 	}
@@ -81,7 +92,7 @@ func childMain(stdin io.Reader, stdout io.Writer) int {
 		}
 		last := err != nil // what follows would be read wrongly
 		if err == nil {
-			resp.Device, err = req.run()
+			err = req.run(&resp)
 		}
 		if err != nil {
 			resp.Kind, resp.Error = kind.Of(err), err.Error()
@@ -116,26 +127,32 @@ func (m messages) read(v any) error {
 	return io.EOF
 }
 
-func (r *request) run() (device string, err error) {
+func (r *request) run(resp *response) (err error) {
 	switch r.Op {
 	case opErofs:
-		return "", unlessMounted(r.Disk, r.Target, "erofs", func() error { return mountErofs(r.Disk, r.Target) })
+		return unlessMounted(r.Disk, r.Target, "erofs", func() error { return mountErofs(r.Disk, r.Target) })
 	case opExt4ReadOnly:
-		return "", unlessMounted(r.Disk, r.Target, "ext4", func() error { return mountExt4(r.Disk, r.Target, unix.MS_RDONLY, "noload") })
+		return unlessMounted(r.Disk, r.Target, "ext4", func() error { return mountExt4(r.Disk, r.Target, unix.MS_RDONLY, "noload") })
 	case opExt4:
-		return "", unlessMounted(r.Disk, r.Target, "ext4", func() error { return mountExt4(r.Disk, r.Target, 0, "") })
+		return unlessMounted(r.Disk, r.Target, "ext4", func() error { return mountExt4(r.Disk, r.Target, 0, "") })
 	case opUnmount:
-		return "", unmount(r.Target)
+		return unmount(r.Target)
 	case opAttach:
 		loop, err := attach(r.Path, r.Loop)
 		if err != nil {
-			return "", err
+			return err
 		}
-		return loop.Name(), loop.Close()
+		resp.Device = loop.Name()
+		return loop.Close()
 	case opDetach:
-		return "", detach(r.Path)
+		return detach(r.Path)
+	case opLstat:
+		resp.Nodes, err = lstat(r.Paths)
+		return err
+	case opOverlayDirs:
+		return makeOverlayDirs(r.Path, r.UID, r.GID)
 	}
-	return "", kind.Errorf(kind.Invalid, "unknown operation %q", r.Op)
+	return kind.Errorf(kind.Invalid, "unknown operation %q", r.Op)
 }
 
 // child is a process that waits for requests, or does one.
@@ -236,6 +253,9 @@ func (c *child) end() error {
 // do has the child do req. An error says that it did not answer.
 func (c *child) do(req request) (resp response, err error) {
 	raw, err := json.Marshal(req)
+	if err == nil && len(raw) >= maxMessageBytes {
+		err = kind.Errorf(kind.Invalid, "a request of %d bytes is too long", len(raw))
+	}
 	if err == nil {
 		_, err = c.stdin.Write(append(raw, '\n'))
 	}
@@ -248,9 +268,9 @@ func (c *child) do(req request) (resp response, err error) {
 // call has a child do req. When ctx ends first, the child is killed and left to be
 // reaped; one that waits for a disk ends when the disk answers. A child that died
 // while it waited is replaced: whatever it began can be done again.
-func call(ctx context.Context, req request) (string, error) {
+func call(ctx context.Context, req request) (response, error) {
 	if err := ctx.Err(); err != nil {
-		return "", kind.Errorf(kind.Canceled, "%s: %w", &req, err)
+		return response{}, kind.Errorf(kind.Canceled, "%s: %w", &req, context.Cause(ctx))
 	}
 	c := takeChild()
 	if c != nil {
@@ -261,7 +281,7 @@ func call(ctx context.Context, req request) (string, error) {
 	}
 	c, err := startChild()
 	if err != nil {
-		return "", fmt.Errorf("%s: start child: %w", &req, err)
+		return response{}, fmt.Errorf("%s: start child: %w", &req, err)
 	}
 	resp, err := callChild(ctx, c, req)
 	return finish(&req, resp, err)
@@ -294,22 +314,22 @@ func callChild(ctx context.Context, c *child, req request) (response, error) {
 	case <-ctx.Done():
 		// The goroutine reaps it.
 		c.cmd.Process.Kill()
-		return response{}, kind.Wrap(kind.Canceled, ctx.Err())
+		return response{}, kind.Wrap(kind.Canceled, context.Cause(ctx))
 	}
 }
 
-func finish(req *request, resp response, err error) (string, error) {
+func finish(req *request, resp response, err error) (response, error) {
 	switch {
 	case err != nil:
-		return "", fmt.Errorf("%s: %w", req, err)
+		return response{}, fmt.Errorf("%s: %w", req, err)
 	case resp.Error == "":
-		return resp.Device, nil
+		return resp, nil
 	}
 	err = fmt.Errorf("%s: %s", req, resp.Error)
 	if resp.Kind == "" {
-		return "", err
+		return response{}, err
 	}
-	return "", kind.Wrap(resp.Kind, err)
+	return response{}, kind.Wrap(resp.Kind, err)
 }
 
 var errNoLoop = errors.New("no loop device")

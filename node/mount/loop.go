@@ -30,7 +30,8 @@ type LoopOptions struct {
 // somebody else must hold the device open, or it goes away at once; OpenLoop is
 // what a process wants that holds it itself.
 func AttachLoop(ctx context.Context, path string, options LoopOptions) (string, error) {
-	return call(ctx, request{Op: opAttach, Path: path, Loop: options})
+	resp, err := call(ctx, request{Op: opAttach, Path: path, Loop: options})
+	return resp.Device, err
 }
 
 // OpenLoop is AttachLoop for a process that does not serve path itself: the device

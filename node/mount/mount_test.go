@@ -409,3 +409,46 @@ func BenchmarkChild(b *testing.B) {
 		}
 	}
 }
+
+func TestOverlayDirs(t *testing.T) {
+	needRoot(t)
+	ctx := t.Context()
+	for _, made := range []bool{false, true} { // by us, or there before, root's
+		root := t.TempDir()
+		upper, work := filepath.Join(root, "upper"), filepath.Join(root, "work")
+		if made {
+			for _, dir := range []string{upper, work} {
+				if err := os.Mkdir(dir, 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		want := func(uid, gid int) {
+			t.Helper()
+			nodes, err := Lstat(ctx, []string{upper, work, filepath.Join(root, "nothing"), filepath.Join(upper, "x")})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !slices.Equal(nodes, []Node{{true, uid, gid}, {Directory: true}, {}, {}}) {
+				t.Errorf("directories made before %t: %+v", made, nodes)
+			}
+		}
+		for _, id := range []int{12, 34} { // the second because the first may have been killed half-way
+			if err := OverlayDirs(ctx, root, id, id+1); err != nil {
+				t.Fatal(err)
+			}
+			want(id, id+1)
+		}
+		// Now an overlay was mounted, in which a container may have changed the owner.
+		if err := os.Mkdir(filepath.Join(work, "work"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := OverlayDirs(ctx, root, 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		want(34, 35)
+		if info, err := os.Stat(upper); err != nil || info.Mode().Perm() != 0o755 {
+			t.Errorf("upper is %v, %v", info.Mode(), err)
+		}
+	}
+}

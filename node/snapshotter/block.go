@@ -16,6 +16,7 @@ import (
 
 	"github.com/thaw-project/thaw/image/block"
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/node/mount"
 	"github.com/thaw-project/thaw/node/present"
 )
 
@@ -214,18 +215,18 @@ func (s *Snapshotter) layerDirs(r *remoteInfo) []string {
 // r promises, and returns the top one. A manifest may name any block there is, also
 // one whose content its author chose, so that a layer "directory" could be a symbolic
 // link out of it. What was seen once stays true, for a block never changes.
-func (s *Snapshotter) checkLayers(ctx context.Context, r *remoteInfo) (Node, error) {
+func (s *Snapshotter) checkLayers(ctx context.Context, r *remoteInfo) (mount.Node, error) {
 	dirs := s.layerDirs(r)
 	if node, ok := s.seen.get(r.base().name, r.Index); ok {
 		return node, nil
 	}
 	nodes, err := s.mounter.Lstat(ctx, dirs)
 	if err != nil {
-		return Node{}, fmt.Errorf("check block %s: %w", r.base().name, err)
+		return mount.Node{}, fmt.Errorf("check block %s: %w", r.base().name, err)
 	}
 	for i, n := range nodes {
 		if !n.Directory {
-			return Node{}, kind.Errorf(kind.Corrupt, "block %s: %s is not the directory of a layer", r.base().name, filepath.Base(dirs[i]))
+			return mount.Node{}, kind.Errorf(kind.Corrupt, "block %s: %s is not the directory of a layer", r.base().name, filepath.Base(dirs[i]))
 		}
 	}
 	s.seen.put(r.base().name, r.Index, nodes[0])
@@ -235,24 +236,24 @@ func (s *Snapshotter) checkLayers(ctx context.Context, r *remoteInfo) (Node, err
 // seenLayers remembers the layers that checkLayers found, of mounted blocks only.
 type seenLayers struct {
 	mu     sync.Mutex
-	blocks map[string]map[int]Node // guarded by mu
+	blocks map[string]map[int]mount.Node // guarded by mu
 }
 
-func (l *seenLayers) get(name string, index int) (Node, bool) {
+func (l *seenLayers) get(name string, index int) (mount.Node, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n, ok := l.blocks[name][index]
 	return n, ok
 }
 
-func (l *seenLayers) put(name string, index int, n Node) {
+func (l *seenLayers) put(name string, index int, n mount.Node) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.blocks == nil {
-		l.blocks = map[string]map[int]Node{}
+		l.blocks = map[string]map[int]mount.Node{}
 	}
 	if l.blocks[name] == nil {
-		l.blocks[name] = map[int]Node{}
+		l.blocks[name] = map[int]mount.Node{}
 	}
 	l.blocks[name][index] = n
 }

@@ -43,18 +43,11 @@ type Mounter interface {
 	Mounts(prefix string) ([]mount.Mount, error)
 
 	// Lstat looks at each path, in order, without following a last symbolic link.
-	Lstat(ctx context.Context, paths []string) ([]Node, error)
+	Lstat(ctx context.Context, paths []string) ([]mount.Node, error)
 
-	// OverlayDirs makes the directories upper, owned by uid and gid, and work in the
-	// directory root, unless they are there.
+	// OverlayDirs makes ready the directories upper, owned by uid and gid, and work in
+	// the directory root, unless an overlay was mounted on them before.
 	OverlayDirs(ctx context.Context, root string, uid, gid int) error
-}
-
-// Node is what Lstat sees; the zero Node is nothing.
-type Node struct {
-	Directory bool `json:"directory"`
-	UID       int  `json:"uid"`
-	GID       int  `json:"gid"`
 }
 
 // systemMounter is the real Mounter.
@@ -89,11 +82,10 @@ func (systemMounter) DetachLoop(ctx context.Context, path string) error {
 
 func (systemMounter) Mounts(prefix string) ([]mount.Mount, error) { return mount.Mounts(prefix) }
 
-func (systemMounter) Lstat(ctx context.Context, paths []string) ([]Node, error) {
-	return inChild(ctx, childRequest{Lstat: paths})
+func (systemMounter) Lstat(ctx context.Context, paths []string) ([]mount.Node, error) {
+	return mount.Lstat(ctx, paths)
 }
 
 func (systemMounter) OverlayDirs(ctx context.Context, root string, uid, gid int) error {
-	_, err := inChild(ctx, childRequest{Overlay: root, UID: uid, GID: gid})
-	return err
+	return mount.OverlayDirs(ctx, root, uid, gid)
 }
