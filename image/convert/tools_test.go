@@ -172,7 +172,7 @@ func TestDistributionSecure(t *testing.T) {
 	o.Dest = d.host + "/dest:other"
 	noCA := o
 	noCA.CAFile = ""
-	fails2(t, s, noCA, kind.Unavailable, "certificate")
+	fails2(t, s, noCA, kind.Denied, "certificate")
 	nobody := o
 	nobody.DockerConfigDir = t.TempDir()
 	fails2(t, s, nobody, kind.Denied, "credentials")
