@@ -54,7 +54,7 @@ lint: tools ## gofmt, go vet, staticcheck, import rules
 
 .PHONY: unit
 unit: ## the tests that need no containerd
-	@go test -json -timeout 20m $$(go list $(PACKAGES) | grep -v '/thaw/e2e$$') | go run ./e2e/report
+	@go test -json -timeout 12m $$(go list $(PACKAGES) | grep -v '/thaw/e2e$$') | go run ./e2e/report
 
 .PHONY: e2e
 e2e: deps tools build ## the end-to-end tests

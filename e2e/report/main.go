@@ -9,6 +9,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"sort"
@@ -102,6 +103,23 @@ func (r *report) event(e event) {
 		}
 		r.failed = append(r.failed, name)
 		fmt.Fprintf(r.out, "FAIL  %6.1fs  %s\n%s", e.Elapsed, name, strings.Join(r.lines[key], ""))
+		delete(r.lines, key)
+		if e.Test == "" && e.Action == "fail" {
+			r.unfinished(e.Package)
+		}
+	}
+}
+
+// unfinished reports the tests of a package that ended without an end of theirs, as
+// when the test process hung until it was killed.
+func (r *report) unfinished(pkg string) {
+	for _, key := range slices.Sorted(maps.Keys(r.lines)) {
+		test, found := strings.CutPrefix(key, pkg+" ")
+		if !found || test == "" {
+			continue
+		}
+		r.failed = append(r.failed, short(pkg)+" "+test)
+		fmt.Fprintf(r.out, "did not end: %s %s\n%s", short(pkg), test, strings.Join(r.lines[key], ""))
 		delete(r.lines, key)
 	}
 }

@@ -31,6 +31,14 @@ func TestReport(t *testing.T) {
 	}
 
 	out.Reset()
+	r.read(strings.NewReader(`{"Action":"output","Package":"h","Test":"TestHangs","Output":"waiting\n"}
+{"Action":"fail","Package":"h","Elapsed":1}`))
+	if r.summary(time.Second) || !strings.Contains(out.String(), "did not end: h TestHangs\nwaiting\n") {
+		t.Errorf("a test that never ended is not reported in\n%s", out.String())
+	}
+
+	out.Reset()
+	r = &report{out: &out, lines: map[string][]string{}}
 	r.read(strings.NewReader(`{"Action":"output","Package":"p","Test":"TestBad","Output":"why\n"}
 {"Action":"fail","Package":"p","Test":"TestBad","Elapsed":1}
 {"Action":"build-output","ImportPath":"q","Output":"q/x.go:1:1: syntax error\n"}

@@ -34,7 +34,7 @@ type Entry struct {
 	Device  string // major:minor of device nodes
 	Target  string // of symlinks
 	Xattrs  []string
-	Links   string // first path of the hard link group in order of name; empty for a single link
+	Links   string // first path of the hard link group in order of name; empty for a file with one name in the tree
 	Content string // SHA-256 of files
 }
 
@@ -99,6 +99,9 @@ func Tree(root string, o Options) ([]Entry, error) {
 		return nil, err
 	}
 	for _, group := range inodes {
+		if len(group) == 1 { // its other names are not in this tree
+			continue
+		}
 		for _, i := range group {
 			entries[i].Links = entries[group[0]].Path
 		}

@@ -21,10 +21,7 @@ func TestReadWriteThroughTheMount(t *testing.T) {
 	pl := newPlace(t)
 	k := pl.keeper(t)
 	defer pl.endKeeper(t, k)
-	p, err := New(pl.options(t, k))
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := pl.serveHere(t, pl.options(t, k))
 	ctx := context.Background()
 	ro, rw := pl.file(t, "base", 5<<20+512), pl.file(t, "top", 8<<20)
 	want, _ := os.ReadFile(ro.Path)

@@ -30,10 +30,7 @@ func TestCloseAndTakeOver(t *testing.T) {
 	k := pl.keeper(t)
 	defer pl.endKeeper(t, k)
 	ctx := context.Background()
-	p, err := New(pl.options(t, k))
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := pl.serveHere(t, pl.options(t, k))
 	source := pl.file(t, "disk", 4<<20)
 	want, _ := os.ReadFile(source.Path)
 	d := mustPresent(t, p, "disk", source, false)
@@ -280,10 +277,7 @@ func TestErrorsOfTheDevice(t *testing.T) {
 		}
 		return d, err
 	}
-	p, err := New(options)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := pl.serveHere(t, options)
 	good, bad := pl.file(t, "good", 1<<20), pl.file(t, "moody", 1<<20)
 	dg, db := mustPresent(t, p, "good", good, true), mustPresent(t, p, "bad", bad, false)
 	f, err := os.OpenFile(db.Path, os.O_RDWR, 0)

@@ -199,15 +199,47 @@ func (pl place) options(t testing.TB, k *keeper.Client) Options {
 // start serves the place in this process for the length of the test.
 func (pl place) start(t testing.TB, k *keeper.Client) *Presenter {
 	t.Helper()
-	p, err := New(pl.options(t, k))
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := pl.serveHere(t, pl.options(t, k))
 	t.Cleanup(func() {
 		if err := p.Teardown(context.Background()); err != nil && !p.closed.Load() {
 			t.Errorf("tear down: %v", err)
 		}
 	})
+	return p
+}
+
+// serveHere makes the presenter of a new mount that this process itself will use.
+//
+// Go registers what it opens with epoll, by a system call that its scheduler does not
+// know of: when the kernel asks for FUSE_POLL then, and the garbage collector wants to
+// stop the world, the collector waits for the call, the call for a goroutine that
+// answers it, and that for the collector. So the kernel is told first, through an
+// ordinary call, that there is no FUSE_POLL.
+func (pl place) serveHere(t testing.TB, o Options) *Presenter {
+	t.Helper()
+	p, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	poll, err := openFile(pl.file(t, "poll", 4096), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := p.options.Open
+	p.options.Open = func(present.Source, bool) (bdev.Device, error) { return poll, nil }
+	d := mustPresent(t, p, "poll", present.Source{Kind: present.SourceLvol, Lvol: "poll"}, true)
+	p.options.Open = open
+	fd, err := unix.Open(d.Path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(fd)
+	if err := p.Withdraw(context.Background(), "poll"); err != nil {
+		t.Fatal(err)
+	}
 	return p
 }
 
