@@ -79,7 +79,7 @@ func FuzzAnswers(f *testing.F) {
 	f.Add(401, "", "", `Bearer realm="http://127.0.0.1:1/token?x=`+secret+`",service="s"`, "", int64(0))
 	f.Add(200, "", "", `Basic realm="x"`, "x", int64(0))
 	f.Add(200, "", "", `Negotiate`, "x", int64(2))
-	f.Add(500, "", "", "", strings.Repeat("x", 1000), int64(0))
+	f.Add(418, "", "", "", strings.Repeat("x", 1000), int64(0))
 	f.Add(416, "", "", "", "", int64(1<<40))
 	f.Add(302, "", "", "", "", int64(0))
 	host := strings.TrimPrefix(h.URL, "http://")
@@ -88,7 +88,7 @@ func FuzzAnswers(f *testing.F) {
 		// Others close the connection before any header. 429 and 5xx are tried
 		// again, with pauses, which fuzzing has no time for; so is 408.
 		if status < 200 || status > 499 || status == 429 || status == 408 || offset < 0 || strings.Contains(authenticate, "://") && !strings.Contains(authenticate, "127.0.0.1:1/") {
-			t.Skip()
+			return
 		}
 		h.mu.Lock()
 		h.says = answer{status, contentType, contentRange, authenticate, body}
