@@ -4,7 +4,10 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/thaw-project/thaw/kind"
@@ -38,7 +41,7 @@ func seeds(t *testing.T, rounds int) []uint64 {
 type config struct {
 	name    string
 	cluster int64
-	device  string // file, uring, mem
+	device  string // file, uring, mem, stale, block
 	change  func(*Options)
 }
 
@@ -50,6 +53,7 @@ func configs() []config {
 		{"4m-mem", 4 << 20, "mem", nil},
 		{"64k-mem-tight", 64 << 10, "mem", func(o *Options) { o.MaxDirtyPages, o.MaxRedoBytes, o.MaxOpenPages = 1, 4096, 1 }},
 		{"64k-mem-stale", 64 << 10, "stale", nil},
+		{"64k-block", 64 << 10, "block", nil},
 	}
 }
 
@@ -70,6 +74,34 @@ func (d stale) Punch(off, length int64) error {
 		off, length = off+n, length-n
 	}
 	return nil
+}
+
+// blockDevice is a loop device full of what somebody left there.
+func blockDevice(t *testing.T, sizeBytes int64) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "disk")
+	old := make([]byte, 1<<20)
+	for i := range old {
+		old[i] = byte(i*7 + 1)
+	}
+	f, err := os.Create(file)
+	ok(t, err)
+	for range sizeBytes / int64(len(old)) {
+		_, err = f.Write(old)
+		ok(t, err)
+	}
+	ok(t, f.Close())
+	out, err := exec.Command("losetup", "--find", "--show", file).CombinedOutput()
+	if err != nil {
+		t.Skipf("needs root and loop devices: losetup: %v: %s", err, out)
+	}
+	loop := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if out, err := exec.Command("losetup", "--detach", loop).CombinedOutput(); err != nil {
+			t.Errorf("losetup --detach %s: %v: %s", loop, err, out)
+		}
+	})
+	return loop
 }
 
 // TestMetamorphic does the same random operations under every configuration; each
@@ -112,6 +144,9 @@ func run(t *testing.T, seed uint64, c config, capacity int64, ops []op, kinds []
 	}
 	o := Options{Dir: dir, FlushInterval: -1, BallastBytes: -1}
 	co := CreateOptions{Dir: dir, ClusterBytes: c.cluster, CapacityBytes: capacity}
+	if c.device == "block" {
+		co.CapacityBytes, co.Device = 0, blockDevice(t, capacity)
+	}
 	if dev != nil {
 		co.OpenDevice = func() (device.Device, error) { return dev, nil }
 		o.OpenDevice = co.OpenDevice
