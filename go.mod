@@ -2,6 +2,8 @@ module github.com/thaw-project/thaw
 
 go 1.26.6
 
+ignore ./out
+
 require (
 	github.com/containerd/containerd/v2 v2.4.2
 	github.com/containerd/continuity v0.5.0
