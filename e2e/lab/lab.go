@@ -221,16 +221,18 @@ func clean(dir string) error {
 	// A file system on a loop on a file of a FUSE mount comes away layer by layer;
 	// four rounds are one more than any stack Thaw makes.
 	for range 4 {
+		// Looked for first: once a mount is detached, the kernel names the files on it
+		// by paths that say nothing.
+		loops, err := loopsBelow(dir)
+		if err != nil {
+			return err
+		}
 		mounts, err := mountsBelow(dir)
 		if err != nil {
 			return err
 		}
 		for i := len(mounts) - 1; i >= 0; i-- {
 			_ = unix.Unmount(mounts[i], unix.MNT_DETACH)
-		}
-		loops, err := loopsBelow(dir)
-		if err != nil {
-			return err
 		}
 		for device := range loops {
 			_ = detachLoop(device)
