@@ -5,11 +5,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/url"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // operation is what runs while something is killed.
@@ -28,7 +33,42 @@ type operation struct {
 	done func(*testing.T)
 }
 
-func (o *operation) String() string { return o.kind + " " + o.name }
+func (o *operation) String() string { return strings.TrimSpace(o.kind + " " + o.name) }
+
+// trim gives back what the file systems of the residents' writable disks do not use,
+// so that what is written next is allocated anew.
+func (c *crash) trim() error {
+	var paths []string
+	for _, r := range c.residents {
+		if r.variant == (variant{"overlaybd", "ext4"}) {
+			paths = append(paths, r.container.Rootfs())
+		}
+	}
+	for _, line := range c.baseline {
+		if path, ok := strings.CutPrefix(line, "mount "); ok && strings.HasSuffix(path, "/rw") {
+			paths = append(paths, path)
+		}
+	}
+	if len(paths) != 2 {
+		return fmt.Errorf("writable disks: %q", paths)
+	}
+	for _, path := range paths {
+		dir, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		r := struct{ start, length, minimum uint64 }{length: math.MaxUint64}
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, dir.Fd(), fitrim, uintptr(unsafe.Pointer(&r)))
+		dir.Close()
+		if errno != 0 {
+			return fmt.Errorf("trim %s: %w", path, errno)
+		}
+	}
+	return nil
+}
+
+// fitrim is FITRIM of linux/fs.h.
+const fitrim = 0xc0185879
 
 // maxItems bounds the images at a time.
 const maxItems = 6
@@ -67,6 +107,9 @@ func (c *crash) operation(t *testing.T, v victim) *operation {
 			add(4, func() *operation { return c.removeItem(pick(running)) })
 		}
 		if !v.mounts || len(possible) == 0 {
+			add(1, func() *operation {
+				return &operation{kind: "trim", mustPause: true, run: func(context.Context) error { return c.trim() }}
+			})
 			add(2, func() *operation {
 				r := c.residents[c.rnd.IntN(len(c.residents))]
 				return &operation{kind: "reading in", name: r.variant.String(), mustPause: true, run: func(ctx context.Context) error {

@@ -298,11 +298,17 @@ func (c *crash) fatal(t *testing.T, format string, args ...any) {
 // round kills something while an operation runs.
 func (c *crash) round(t *testing.T) {
 	t.Helper()
+	c.waitContainerd(t)
 	v := c.draw()
 	op := c.operation(t, v)
 	delay := time.Duration(c.rnd.Float64() * 1.1 * float64(c.typicalOf(op)))
 	if c.rnd.IntN(2) == 0 {
 		c.dropCaches(t)
+	}
+	if c.rnd.IntN(3) == 0 {
+		if err := c.trim(); err != nil {
+			c.fatal(t, "%v", err)
+		}
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()

@@ -26,7 +26,7 @@ SUMS = "/srv/crash/sums"
 ALTERED = "/usr/share/doc/"  # files of the image that are changed, moved and removed
 PAGE = 4096
 PAGES = 128
-LIMITS = {"page": 3, "whole": 8, "life": 12, "tree": 4, "image": 48}  # slots of each kind
+LIMITS = {"page": 3, "whole": 8, "life": 12, "tree": 4, "image": 48, "grown": 2}  # slots of each kind
 
 counts = {"read": 0, "flushed": 0}
 
@@ -349,6 +349,77 @@ class Trees:
         self.log.ack((key, version))
 
 
+class Grown:
+    """Files that grow by chunks, in blocks that were never written, and give way to the
+    next when they are large: version n is n chunks, GENERATION to a file."""
+    kind = "grown"
+    CHUNK = 96 << 10
+    GENERATION = 100
+
+    def __init__(self, log):
+        self.log = log
+
+    def path(self, slot, version):
+        return f"{DATA}/grown{slot}.{version // self.GENERATION}"
+
+    def chunk(self, slot, n):
+        return hashlib.shake_128(f"grown {slot} {n}".encode()).digest(self.CHUNK)
+
+    def step(self, slot, rnd):
+        key = self.kind, slot, 0
+        old = self.log.at(key)
+        first = old - old % self.GENERATION
+        version = min(old + rnd.randint(1, 6), first + self.GENERATION)
+        self.log.begin((key, version))
+        fd = os.open(self.path(slot, old), os.O_CREAT | os.O_WRONLY, 0o644)
+        try:
+            for n in range(old, version):
+                data = self.chunk(slot, n)
+                if os.pwrite(fd, data, (n - first) * self.CHUNK) != len(data):
+                    raise Wrong("a short write")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        fsync_dir(DATA)
+        if version == first + self.GENERATION:
+            os.unlink(self.path(slot, old))
+            fsync_dir(DATA)
+        self.log.ack((key, version))
+
+    def check(self, slot, version, chunks):
+        """Compares the given of the file's chunks; others may follow them."""
+        first = version - version % self.GENERATION
+        if version == first:
+            return
+        fd = os.open(self.path(slot, version), os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            for n in chunks(first, version):
+                if os.pread(fd, self.CHUNK, (n - first) * self.CHUNK) != self.chunk(slot, n):
+                    raise Wrong(f"chunk {n - first} of {self.path(slot, version)} is damaged; flushed are {version - first}")
+        finally:
+            os.close(fd)
+
+    def verify(self, slot):
+        version = self.log.at((self.kind, slot, 0))
+        self.check(slot, version, lambda first, end: random.sample(range(first, end), min(4, end - first)))
+
+    def settle(self, slot):
+        key = self.kind, slot, 0
+        version = self.log.at(key)
+        first = version - version % self.GENERATION
+        in_flight = self.log.in_flight(key)
+        last = in_flight and self.log.begun[key] == first + self.GENERATION  # it may be gone already
+        if last and not os.path.exists(self.path(slot, version)):
+            version = self.log.begun[key]
+        else:
+            self.check(slot, version, range)
+            if in_flight and os.path.exists(self.path(slot, version)):
+                os.truncate(self.path(slot, version), (version - first) * self.CHUNK)
+        self.log.begin((key, version))
+        self.log.ack((key, version))
+
+
 class Image:
     """Files that came with the image: changed, moved away, removed and made again.
     Version 0 modulo 4 is the file, 1 the file with a line more, 2 that moved, 3 none."""
@@ -465,7 +536,7 @@ def main():
     for name in os.listdir(DATA):
         if name.endswith(".tmp"):
             os.unlink(f"{DATA}/{name}")
-    kinds = [Pages(log), Wholes(log), Lives(log), Trees(log), Image(log, sums)]
+    kinds = [Pages(log), Wholes(log), Lives(log), Trees(log), Grown(log), Image(log, sums)]
     flushed = len(log.acked)
     for kind in kinds:
         for slot in range(LIMITS[kind.kind]):
