@@ -136,6 +136,11 @@ func (c *crash) settle(t *testing.T) {
 	}
 	c.items = nil
 	c.eventually(t, "everything is as it was", func() error {
+		for _, r := range c.residents {
+			if err := r.healthy(); err != nil {
+				return permanent{err}
+			}
+		}
 		lines, err := c.inventory(t.Context())
 		if err != nil {
 			return permanent{err}
