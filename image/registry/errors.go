@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"regexp"
 	"strings"
 	"unicode"
 
@@ -109,8 +110,13 @@ func withoutQuery(message, raw string) string {
 	return message
 }
 
-// printable makes text of unknown origin fit for a terminal and a log line.
+// query is that of a URL somewhere in a text.
+var query = regexp.MustCompile(`(://[^\s?"']*\?)[^\s"'\]]+`)
+
+// printable makes text of unknown origin fit for a terminal and a log line: the query
+// of a URL may be a credential.
 func printable(s string) string {
+	s = query.ReplaceAllString(s, "$1...")
 	s = strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
 			return r
