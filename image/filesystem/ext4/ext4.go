@@ -18,6 +18,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/archive"
@@ -278,10 +279,48 @@ func inThread(root *os.File, f func() error) (err error) {
 		return err
 	}
 	defer whole.Close()
-	if err := f(); err != nil {
+	stop, err := writeEarly()
+	if err != nil {
+		return err
+	}
+	err = f()
+	stop()
+	if err != nil {
 		return err
 	}
 	return mount.Syncfs(whole)
+}
+
+// writeBack is the pause between two rounds of writing out while a layer is extracted:
+// long enough that the same metadata is seldom written twice.
+const writeBack = 250 * time.Millisecond
+
+// writeEarly begins to write out what is below the root directory of this thread,
+// until the function it returns is called, which waits for the end of that. The kernel
+// alone would begin after many seconds, so that all was written when everything was
+// extracted, and neither processor nor disk had enough to do in the other half of the
+// time. Errors are left to the Syncfs at the end, whose descriptor is another.
+func writeEarly() (stop func(), err error) {
+	whole, err := os.Open("/")
+	if err != nil {
+		return nil, err
+	}
+	end := make(chan struct{})
+	var done sync.WaitGroup
+	done.Go(func() {
+		defer whole.Close()
+		for {
+			select {
+			case <-end:
+				return
+			case <-time.After(writeBack):
+			}
+			if mount.Syncfs(whole) != nil {
+				return
+			}
+		}
+	})
+	return func() { close(end); done.Wait() }, nil
 }
 
 func enter(fd int) error {
