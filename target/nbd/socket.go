@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -41,8 +42,18 @@ var errIdle = errors.New("idle")
 const hotWait = 20 * time.Millisecond
 
 // maxHot bounds the threads of one server that wait so, all connections together;
-// others use the poller at once.
+// others use the poller at once. hotLimit tells why it may be none.
 const maxHot = 16
+
+// hotLimit is how many threads may wait in system calls. With one processor the
+// runtime takes it from a waiting thread after 20 us and gives it back at the next
+// request, which costs more than the poller.
+func hotLimit() int32 {
+	if runtime.GOMAXPROCS(0) < 2 {
+		return 0
+	}
+	return maxHot
+}
 
 // maxIovec bounds the buffers sent with one system call.
 const maxIovec = 64
@@ -54,7 +65,8 @@ type socket struct {
 	conn net.Conn
 	raw  syscall.RawConn
 	fd   int
-	hot  *atomic.Int32
+	hot  *atomic.Int32 // threads of the server that wait
+	max  int32         // of hot
 
 	readable func(uintptr) bool
 	writable func(uintptr) bool
@@ -75,7 +87,7 @@ func newSocket(conn net.Conn, hot *atomic.Int32) *socket {
 	if err != nil {
 		return nil
 	}
-	s := &socket{conn: conn, raw: raw, hot: hot}
+	s := &socket{conn: conn, raw: raw, hot: hot, max: hotLimit()}
 	if conn.SetDeadline(time.Time{}) != nil {
 		return nil
 	}
@@ -112,7 +124,7 @@ func recvfrom(fd int, p []byte, flags int) (int, syscall.Errno) {
 
 func (s *socket) recv(p []byte, block bool) (int, error) {
 	flags := 0
-	if s.hot.Add(1) > maxHot || !block {
+	if s.hot.Add(1) > s.max || !block {
 		flags = unix.MSG_DONTWAIT
 	}
 	n, errno := recvfrom(s.fd, p, flags)
@@ -187,7 +199,7 @@ func (s *socket) sendVector(timeout time.Duration) error {
 	var deadline time.Time
 	for s.msg.Iovlen > 0 {
 		flags := 0
-		if s.hot.Add(1) > maxHot {
+		if s.hot.Add(1) > s.max {
 			flags = unix.MSG_DONTWAIT
 		}
 		err := s.sendmsg(flags)
