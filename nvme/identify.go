@@ -36,7 +36,7 @@ const (
 	ONCSDatasetMgmt      = 1 << 2
 	ONCSWriteZeroes      = 1 << 3
 	VWCPresent           = 1 << 0
-	VWCFlushAll          = 3 << 1 // Flush may name all nvmeNamespaces
+	VWCFlushOne          = 2 << 1 // Flush names one nvmeNamespace, never all
 	SGLSupported         = 1 << 0
 	SGLOffset            = 1 << 20
 	OFCSDisconnect       = 1 << 0
