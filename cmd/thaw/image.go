@@ -85,7 +85,8 @@ that was interrupted goes on where it was.`,
 	return cmd
 }
 
-// defaultFilesystem is the one that measured faster: docs/benchmarks.md.
+// defaultFilesystem is the one that measured faster, except that overlaybd is for a root
+// file system that is one block device, which only ext4 gives: docs/benchmarks.md.
 func defaultFilesystem(m block.Mode) block.Filesystem {
 	if m == block.ModeOverlaybd {
 		return block.Ext4
