@@ -90,8 +90,8 @@ func (c *conn) run() error {
 	}
 	c.workers.Wait()
 	c.release()
-	if e := c.box.failure(); err == nil {
-		err = e
+	if e := c.box.failure(); e != nil {
+		err = e // the cause of all others
 	}
 	switch {
 	case errors.Is(err, errLeft), c.draining.Load():

@@ -91,6 +91,9 @@ func (h *handshake) run() error {
 }
 
 func (h *handshake) send() error {
+	if len(h.out) == 0 {
+		return nil
+	}
 	_, err := h.conn.Write(h.out)
 	h.out = h.out[:0]
 	return err

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -46,8 +47,14 @@ func newMemory(size int) *memory {
 }
 
 func (m *memory) enter() error {
-	if d := m.delay.Load(); d > 0 {
-		time.Sleep(time.Duration(d))
+	switch d := time.Duration(m.delay.Load()); {
+	case d == 0:
+	case d < 100*time.Microsecond: // time.Sleep needs memory in a new goroutine
+		for start := time.Now(); time.Since(start) < d; {
+			runtime.Gosched()
+		}
+	default:
+		time.Sleep(d)
 	}
 	if err := m.fail.Load(); err != nil {
 		return *err
@@ -104,6 +111,13 @@ func (m *memory) Discard(off, n int64) error { return m.WriteZeroes(off, n) }
 func (m *memory) SizeBytes() int64           { return int64(len(m.b)) }
 func (m *memory) ReadOnly() bool             { return m.readOnly }
 func (m *memory) Close() error               { return nil }
+
+// content is a copy of what the device holds.
+func (m *memory) content() []byte {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return append([]byte(nil), m.b...)
+}
 
 // sparse is a memory that tells where it holds data.
 type sparse struct{ *memory }
