@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/thaw-project/thaw/filelock"
 	"github.com/thaw-project/thaw/kind"
 )
 
@@ -22,7 +23,7 @@ func lock(path, what string) (*os.File, error) {
 	if err != nil {
 		return nil, unusable(what, "lock", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := filelock.Exclusive(f, filelock.Patience); err != nil {
 		defer f.Close()
 		pid, readErr := os.ReadFile(path)
 		if readErr != nil {

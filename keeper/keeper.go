@@ -28,6 +28,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/thaw-project/thaw/filelock"
 	"github.com/thaw-project/thaw/kind"
 )
 
@@ -153,9 +154,9 @@ func lockFile(path string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("keeper: open lock: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := filelock.Exclusive(f, 0); err != nil {
 		f.Close()
-		if err == unix.EWOULDBLOCK {
+		if errors.Is(err, kind.InUse) {
 			return nil, kind.Errorf(kind.InUse, "keeper: another keeper runs on %s", strings.TrimSuffix(path, ".lock"))
 		}
 		return nil, fmt.Errorf("keeper: lock %s: %w", path, err)

@@ -12,8 +12,8 @@ import (
 	"sync/atomic"
 
 	"go.etcd.io/bbolt"
-	"golang.org/x/sys/unix"
 
+	"github.com/thaw-project/thaw/filelock"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/lvol/device"
 	"github.com/thaw-project/thaw/redo"
@@ -231,13 +231,13 @@ func lockDir(dir string, exclusive bool) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open pool: %w", err)
 	}
-	how := unix.LOCK_SH
+	take := filelock.Shared
 	if exclusive {
-		how = unix.LOCK_EX
+		take = filelock.Exclusive
 	}
-	if err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB); err != nil {
+	if err := take(f, filelock.Patience); err != nil {
 		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
+		if errors.Is(err, kind.InUse) {
 			return nil, kind.Errorf(kind.InUse, "open pool: %s is in use by another process or store", dir)
 		}
 		return nil, fmt.Errorf("lock pool %s: %w", dir, err)

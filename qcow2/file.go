@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/thaw-project/thaw/filelock"
 	"github.com/thaw-project/thaw/kind"
 )
 
@@ -201,6 +202,10 @@ const (
 
 // lock takes QEMU's locks for a writer or a reader; neither shares writing.
 func (f *osFile) lock(readOnly bool) error {
+	return filelock.Retry(filelock.Patience, func() error { return f.tryLock(readOnly) })
+}
+
+func (f *osFile) tryLock(readOnly bool) error {
 	used := []int64{permConsistentRead}
 	if !readOnly {
 		used = append(used, permWrite, permResize)

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/thaw-project/thaw/filelock"
 	"github.com/thaw-project/thaw/kind"
 )
 
@@ -42,9 +43,9 @@ func CreateFile(path string, sizeBytes int64) (*File, error) {
 // OpenFile opens a regular file or block device and takes it for this process
 // alone: kind.InUse when another holds it. A read-only open is shared.
 func OpenFile(path string, readOnly bool) (*File, error) {
-	flags, lock := os.O_RDWR, unix.LOCK_EX
+	flags, take := os.O_RDWR, filelock.Exclusive
 	if readOnly {
-		flags, lock = os.O_RDONLY, unix.LOCK_SH
+		flags, take = os.O_RDONLY, filelock.Shared
 	}
 	if st, err := os.Stat(path); err == nil && st.Mode()&os.ModeDevice != 0 && !readOnly {
 		// On a block device O_EXCL without O_CREAT fails while it is mounted or
@@ -55,9 +56,9 @@ func OpenFile(path string, readOnly bool) (*File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open data device: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), lock|unix.LOCK_NB); err != nil {
+	if err := take(f, filelock.Patience); err != nil {
 		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
+		if errors.Is(err, kind.InUse) {
 			return nil, kind.Errorf(kind.InUse, "open data device: %s is locked by another process", path)
 		}
 		return nil, fmt.Errorf("lock data device %s: %w", path, err)

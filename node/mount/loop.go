@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/thaw-project/thaw/filelock"
 	"github.com/thaw-project/thaw/kind"
 )
 
@@ -54,7 +55,13 @@ func DetachLoop(ctx context.Context, path string) error {
 	return err
 }
 
-const loopRetries = 64 // other users of the machine race for the same free device
+const (
+	loopRetries = 64 // other users of the machine race for the same free device
+
+	// lockWait bounds the wait for another who mounts or attaches the same, and who may
+	// himself have to wait for a server that starts.
+	lockWait = 30 * time.Second
+)
 
 // Loop is an attached loop device.
 type Loop struct {
@@ -166,7 +173,7 @@ func attach(path string, options LoopOptions) (*os.File, error) {
 	defer file.Close()
 	// Two who attach the same file must get the same device, so from the look for one
 	// to its setup the file is locked.
-	if err := lockFile(file); err != nil {
+	if err := filelock.Exclusive(file, lockWait); err != nil {
 		return nil, err
 	}
 	// Closing does not do it: the loop device keeps the same open file.
@@ -210,21 +217,6 @@ func attach(path string, options LoopOptions) (*os.File, error) {
 		}
 	}
 	return nil, kind.Errorf(kind.InUse, "no loop device for %s after %d attempts", path, loopRetries)
-}
-
-// lockFile takes the exclusive lock of an open file or directory. It is the kernel's
-// own affair also for a file on FUSE. Who holds it mounts or attaches, which may have
-// to wait for a server that starts.
-func lockFile(file *os.File) error {
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
-		err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return nil
-		}
-		if err != unix.EWOULDBLOCK && err != unix.EINTR || time.Now().After(deadline) {
-			return kind.Errorf(kind.InUse, "lock %s: %w", file.Name(), err)
-		}
-	}
 }
 
 func configure(device string, file *os.File, options LoopOptions) (*os.File, error) {

@@ -25,6 +25,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
+	"github.com/thaw-project/thaw/filelock"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/present"
 )
@@ -192,7 +193,7 @@ func unlessMounted(disk present.Disk, target, fstype string, mount func() error)
 		return err
 	}
 	defer dir.Close()
-	if err := lockFile(dir); err != nil {
+	if err := filelock.Exclusive(dir, lockWait); err != nil {
 		return err
 	}
 	if done, err := mounted(disk, target, fstype); done || err != nil {

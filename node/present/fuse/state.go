@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/thaw-project/thaw/filelock"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/present"
 )
@@ -345,17 +346,12 @@ func lockState(path string, wait time.Duration) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	for deadline := time.Now().Add(wait); ; time.Sleep(2 * time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return f, nil
+	if err := filelock.Exclusive(f, wait); err != nil {
+		f.Close()
+		if errors.Is(err, kind.InUse) {
+			return nil, kind.Errorf(kind.InUse, "%s: another process serves this mount", path)
 		}
-		if err != unix.EWOULDBLOCK && err != unix.EINTR || time.Now().After(deadline) {
-			f.Close()
-			if err == unix.EWOULDBLOCK {
-				return nil, kind.Errorf(kind.InUse, "%s: another process serves this mount", path)
-			}
-			return nil, fmt.Errorf("lock %s: %w", path, err)
-		}
+		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
+	return f, nil
 }
