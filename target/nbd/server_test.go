@@ -237,9 +237,10 @@ func TestRequestErrors(t *testing.T) {
 			t.Errorf("%d: %+v: %v, want %v", i, c.req, got, c.want)
 		}
 	}
-	if !m.data[100] || m.data[1] {
+	if m.mu.RLock(); !m.data[100] || m.data[1] {
 		t.Error("NO_HOLE left a hole, or trim did not")
 	}
+	m.mu.RUnlock()
 	for e, want := range map[error]nbd.Errno{
 		kind.Errorf(kind.NoSpace, "full"): nbd.ENOSPC, kind.Errorf(kind.Corrupt, "bad"): nbd.EIO,
 		kind.Errorf(kind.Unsupported, "no"): nbd.ENOTSUP, errors.New("?"): nbd.EIO,
@@ -279,6 +280,7 @@ func TestModes(t *testing.T) {
 			t.Run(fmt.Sprintf("%s %d", mode, style), func(t *testing.T) {
 				m := newMemory(size)
 				fill(t, m)
+				want := m.content()
 				cfg := Config{MaxInflight: 8}
 				if mode == "poor" {
 					cfg.MaxBufferBytes = 1
@@ -342,7 +344,7 @@ func TestModes(t *testing.T) {
 				}
 				wg.Wait()
 				for i, q := range reqs {
-					if !bytes.Equal(got[i], m.b[q.Offset:q.Offset+q.Length]) {
+					if !bytes.Equal(got[i], want[q.Offset:q.Offset+q.Length]) {
 						t.Errorf("request %d of %d bytes differs", i, q.Length)
 					}
 				}
@@ -581,6 +583,9 @@ func memoryInUse() int64 {
 
 // TestAllocations wants the path of a read to allocate nothing.
 func TestAllocations(t *testing.T) {
+	if raced {
+		t.Skip("the race detector allocates")
+	}
 	for name, delay := range map[string]time.Duration{"inline": 0, "by goroutine": 60 * time.Microsecond} {
 		m := newMemory(1 << 20)
 		_, socket := start(t, Config{}, Export{Device: m})

@@ -1,0 +1,6 @@
+//go:build race
+
+package nbd
+
+// raced: the race detector allocates, and empties pools.
+const raced = true
