@@ -334,16 +334,19 @@ func (q *queue) pdu(r *bufio.Reader) error {
 	if err == nil {
 		err = q.handle(r, &h, b, l)
 	}
-	var p *nvme.PDUError
-	if errors.As(err, &p) {
-		q.terminate(p, b)
+	if err != nil {
+		q.terminate(err, b)
 	}
 	return err
 }
 
-// terminate tells the target what was wrong with its PDU (TCP 3.5.1). It waits for
-// nobody: if others are sending the connection just closes.
-func (q *queue) terminate(p *nvme.PDUError, bad []byte) {
+// terminate tells the target what was wrong with its PDU, if that is what err says
+// (TCP 3.5.1). It waits for nobody: if others are sending the connection just closes.
+func (q *queue) terminate(err error, bad []byte) {
+	var p *nvme.PDUError
+	if !errors.As(err, &p) {
+		return
+	}
 	var b [nvme.MaxTermLen]byte
 	n := (&nvme.Term{Type: nvme.TypeH2CTermReq, Status: p.Status, Info: p.Info}).Put(b[:], bad)
 	q.wmu.Lock()

@@ -1,0 +1,60 @@
+package host_test
+
+import (
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/thaw-project/thaw/nvme/host"
+	"github.com/thaw-project/thaw/target/nvmf"
+)
+
+// BenchmarkRead and BenchmarkWrite run target and host in one process over loopback:
+// one operation is 4 KiB at a random place of a device in memory. Allocations are
+// those of both sides.
+func BenchmarkRead(b *testing.B)  { benchmark(b, false) }
+func BenchmarkWrite(b *testing.B) { benchmark(b, true) }
+
+func benchmark(b *testing.B, write bool) {
+	for _, inline := range []bool{true, false} {
+		for _, depth := range []int{1, 8, 32} {
+			b.Run(fmt.Sprintf("inline=%t/qd=%d", inline, depth), func(b *testing.B) {
+				const size = 64 << 20
+				l := newLab(b, nvmf.Options{})
+				id := l.add(nvmf.NvmeNamespaceConfig{Device: newMemory(size), Inline: inline})
+				d := l.open(l.connect(host.Config{Depth: 64}), id)
+				b.SetBytes(4096)
+				b.ReportAllocs()
+				b.ResetTimer()
+				var wg sync.WaitGroup
+				var left atomic.Int64
+				left.Store(int64(b.N))
+				for g := range depth {
+					wg.Add(1)
+					go func() {
+						defer wg.Done()
+						rng := rand.New(rand.NewPCG(uint64(g), 1))
+						p := make([]byte, 4096)
+						for left.Add(-1) >= 0 {
+							off := rng.Int64N(size/4096) * 4096
+							var err error
+							if write {
+								_, err = d.WriteAt(p, off)
+							} else {
+								_, err = d.ReadAt(p, off)
+							}
+							if err != nil && err != io.EOF {
+								b.Error(err)
+								return
+							}
+						}
+					}()
+				}
+				wg.Wait()
+			})
+		}
+	}
+}
