@@ -164,7 +164,7 @@ func (c *crash) residentSource(v variant) string {
 
 func (c *crash) startResident(t *testing.T, r *resident, seed uint64) {
 	t.Helper()
-	log, err := c.b.lab.Path("crash", r.id, "log")
+	log, err := c.b.lab.Path("crash", t.Name(), r.id, "log")
 	if err != nil {
 		t.Fatal(err)
 	}
