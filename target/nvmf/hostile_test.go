@@ -150,9 +150,10 @@ func TestSlow(t *testing.T) {
 	_ = deaf.nc.(*net.TCPConn).SetReadBuffer(4096)
 	go func() {
 		// Asks for far more than socket buffers hold and reads none of it.
-		c := deaf.capsule(rw(nvme.OpRead, nsid, 0, 256, nvme.SGLTransport), nil)
-		for range 4000 {
-			if _, err := deaf.nc.Write(c); err != nil {
+		for i := range uint16(4000) {
+			c := rw(nvme.OpRead, nsid, 0, 256, nvme.SGLTransport)
+			c.CID = i
+			if _, err := deaf.nc.Write(deaf.capsule(c, nil)); err != nil {
 				return
 			}
 		}
