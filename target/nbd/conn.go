@@ -61,7 +61,7 @@ func newConn(s *Server, h *handshake) *conn {
 		structured: h.structured, extended: h.extended, allocation: h.allocation,
 		free: make(chan *slot, s.cfg.MaxInflight),
 	}
-	if k := newSocket(h.conn, &s.hot); k != nil {
+	if k := newSocket(h.conn); k != nil {
 		c.stream = k
 	} else {
 		h.conn.SetDeadline(time.Time{})
@@ -105,6 +105,7 @@ var errLeft = errors.New("the peer left")
 
 // release gives back the buffers of an idle connection.
 func (c *conn) release() {
+	c.vec[0] = nil
 	if c.in != nil {
 		putBuffer(c.in)
 		c.in = nil
@@ -180,7 +181,7 @@ func (c *conn) fill(n int, mid bool) error {
 // wait, is when the peer must have sent what it owes.
 func (c *conn) recv(p []byte, mid bool, deadline *time.Time) (int, error) {
 	for {
-		n, err := c.stream.recv(p, c.inflight.Load() == 0)
+		n, err := c.stream.recv(p)
 		switch {
 		case err == nil:
 			return n, nil

@@ -120,7 +120,6 @@ type Server struct {
 	cfg    Config
 	log    *slog.Logger
 	budget budget
-	hot    atomic.Int32
 	wg     sync.WaitGroup // connections and Serve calls started by Listen
 
 	mu        sync.Mutex
