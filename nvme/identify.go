@@ -208,7 +208,7 @@ func (n *NvmeNamespace) PutIndependent(b []byte) {
 		b[1] = 1
 	}
 	if n.ReadOnly {
-		b[3] = 1
+		b[8] = 1 // NSATTR
 	}
 	b[14] = 1 // NSTAT: ready
 }

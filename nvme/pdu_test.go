@@ -126,6 +126,10 @@ func TestIdentifyOffsets(t *testing.T) {
 	if err := ns.Parse(b); err != nil || ns != n {
 		t.Errorf("parsed %+v, %v; want %+v", ns, err, n)
 	}
+	n.PutIndependent(b)
+	for off, want := range map[int]string{0: "0001", 3: "00", 8: "01", 14: "0100"} {
+		wire(t, b[off:], want)
+	}
 	d := Descriptors{UUID: uuid.MustParse("00112233-4455-6677-8899-aabbccddeeff"), NGUID: [16]byte{7}, EUI64: [8]byte{8}}
 	d.Put(b)
 	wire(t, b, "03100000"+"00112233445566778899aabbccddeeff"+"02100000"+"07")

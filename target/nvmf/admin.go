@@ -266,6 +266,9 @@ func (c *controller) feature(cmd *nvme.Command) (uint64, nvme.Status) {
 	case nvme.FeatWriteCache:
 		return 1, nvme.Success
 	case nvme.FeatTemperature:
+		if cmd.CDW11>>20&3 == 1 || cmd.CDW11>>16&0xf > 0 {
+			return 0, nvme.Success // under threshold, or a sensor that is not there
+		}
 		return 0x157, nvme.Success // the default over threshold: WCTEMP
 	case nvme.FeatArbitration, nvme.FeatPower, nvme.FeatErrorRecovery, nvme.FeatAtomicity:
 		return 0, nvme.Success

@@ -42,7 +42,8 @@ func (c *conn) connect(cmd *nvme.Command, l nvme.Layout) error {
 		return nil
 	}
 	// The response carries SQHD 0xffff when flow control is off (Base 6.3).
-	cqe := nvme.Completion{Result: result, SQID: c.qid, CID: cmd.CID}
+	c.sqhd.Store(1) // Connect took the first entry
+	cqe := c.completion(cmd.CID, result, nvme.Success)
 	if c.noFlow {
 		cqe.SQHD = nvme.SQHDDisabled
 	}
