@@ -392,7 +392,7 @@ func TestLoss(t *testing.T) {
 	socket := filepath.Join(shortDir(t), "s")
 	stop := own(t, socket, server.Export{Device: &ram{b: make([]byte, 1<<20)}})
 	t.Cleanup(stop)
-	d := open(t, Config{Network: "unix", Address: socket, LossTimeout: 300 * time.Millisecond})
+	d := open(t, Config{Network: "unix", Address: socket, LossTimeout: 300 * time.Millisecond, BackoffMax: 50 * time.Millisecond})
 	stop()
 	if _, err := d.WriteAt(make([]byte, 100), 0); kind.Of(err) != kind.Unavailable {
 		t.Errorf("write without a server: %v", err)
@@ -402,7 +402,13 @@ func TestLoss(t *testing.T) {
 	d2cfg.LossTimeout = time.Hour
 	t.Cleanup(own(t, socket, server.Export{Device: &ram{b: make([]byte, 1<<20)}}))
 	d2 := open(t, d2cfg)
-	if _, err := d.WriteAt(make([]byte, 100), 0); err != nil {
+	var err error
+	for range 20 { // each tries for 300 ms
+		if _, err = d.WriteAt(make([]byte, 100), 0); err == nil {
+			break
+		}
+	}
+	if err != nil {
 		t.Errorf("write with the server back: %v", err)
 	}
 	errs := make(chan error)

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -117,6 +118,13 @@ func (m *memory) content() []byte {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	return append([]byte(nil), m.b...)
+}
+
+// holds tells whether p is at off.
+func (m *memory) holds(off int64, p []byte) bool {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return bytes.Equal(m.b[off:off+int64(len(p))], p)
 }
 
 // sparse is a memory that tells where it holds data.
