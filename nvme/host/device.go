@@ -40,13 +40,7 @@ func (d *Device) check(what string, off, length int64) error {
 }
 
 // max is how much one command moves.
-func (d *Device) max() int64 {
-	n := int64(64 << 10)
-	if ct := d.h.live.Load(); ct != nil {
-		n = int64(ct.max)
-	}
-	return min(n, nvme.MaxBlocks*d.block)
-}
+func (d *Device) max() int64 { return min(d.h.max.Load(), nvme.MaxBlocks*d.block) }
 
 // transfer moves whole blocks, in commands of at most the target's MDTS.
 func (d *Device) transfer(op uint8, dir direction, p []byte, off int64) error {

@@ -127,6 +127,7 @@ type Host struct {
 	wg     sync.WaitGroup
 
 	live atomic.Pointer[controller] // what I/O uses, nil when no path lives
+	max  atomic.Int64               // bytes per command of the path that came up last
 
 	mu         sync.Mutex
 	paths      []*controller // by portal, nil when down; guarded by mu, as are all below
@@ -214,8 +215,11 @@ func (h *Host) run(ctx context.Context, portal int, first chan<- error) {
 			first = nil
 		}
 		if err == nil {
-			delay = h.c.ReconnectDelay
+			begin := time.Now()
 			err = ct.watch(ctx, func() error { return h.rescan(ct) })
+			if time.Since(begin) > h.c.ReconnectMax {
+				delay = h.c.ReconnectDelay // it was not just another failed attempt
+			}
 			h.down(portal)
 			if ctx.Err() != nil {
 				ct.shutdown()
@@ -252,6 +256,7 @@ func (h *Host) choose() {
 func (h *Host) up(portal int, ct *controller) {
 	h.mu.Lock()
 	h.paths[portal] = ct
+	h.max.Store(int64(ct.max))
 	h.choose()
 	h.mu.Unlock()
 	h.wake()

@@ -12,11 +12,12 @@ import (
 	"github.com/thaw-project/thaw/nvme"
 )
 
-// maxWorkers is how many commands of one connection run at a time, deviceOps how many
-// of a target: each may hold an operating system thread.
+// Each command on a device may hold an operating system thread, of which Go gives a
+// process 10,000.
 const (
-	maxWorkers = 64
-	deviceOps  = 512
+	maxWorkers   = 64   // commands of one connection that run at a time
+	namespaceOps = 64   // commands on one device: one that hangs takes no more than these
+	deviceOps    = 4096 // commands on all devices of a target
 )
 
 // maxPending is how much may wait to be sent before the reader reads no further.

@@ -477,9 +477,12 @@ func (r *request) work() {
 	c := r.c
 	defer c.wg.Done()
 	for r != nil {
+		ns := r.use.ns
+		ns.ops <- struct{}{}
 		c.t.ops <- struct{}{}
 		r.serve()
 		<-c.t.ops
+		<-ns.ops
 		c.flush()
 		c.mu.Lock()
 		if r = nil; len(c.queue) > 0 && !c.closed.Load() {

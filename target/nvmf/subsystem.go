@@ -42,6 +42,7 @@ type nvmeNamespace struct {
 	blocks   uint64
 	readOnly bool
 	removed  atomic.Bool
+	ops      chan struct{} // one for each command of a worker
 	drained  chan struct{} // told when a use ends after removal
 
 	mu    sync.Mutex
@@ -120,7 +121,7 @@ func (n *nvmeNamespace) identify() nvme.NvmeNamespace {
 
 func (s *subsystem) add(c NvmeNamespaceConfig) (uint32, error) {
 	n := &nvmeNamespace{dev: c.Device, blocks: uint64(c.Device.SizeBytes()) / uint64(c.BlockBytes), shift: 9, readOnly: c.Device.ReadOnly(),
-		drained: make(chan struct{}, 1), users: map[*use]struct{}{}}
+		ops: make(chan struct{}, namespaceOps), drained: make(chan struct{}, 1), users: map[*use]struct{}{}}
 	if c.BlockBytes == 4096 {
 		n.shift = 12
 	}

@@ -510,3 +510,38 @@ func TestManagement(t *testing.T) {
 		t.Error("the subsystem is still listed")
 	}
 }
+
+// TestStuckDevice has a device that answers nothing, under as many commands as its
+// hosts can send. Other devices and removal of others go on.
+func TestStuckDevice(t *testing.T) {
+	tg, addr := start(t, nvmf.Options{})
+	stuck := &memory{data: make([]byte, 1<<20), gate: make(chan struct{})}
+	bad := add(t, tg, nvmf.NvmeNamespaceConfig{Device: stuck})
+	good := add(t, tg, nvmf.NvmeNamespaceConfig{Device: &memory{data: make([]byte, 1<<20)}})
+	var peers []*peer
+	for range 4 {
+		q := queue(t, addr, admin(t, addr, subNQN, 0), 1, 127, nvme.Digests{})
+		for i := range uint16(50) {
+			c := rw(nvme.OpWrite, bad, 0, 1, nvme.SGLInCapsule)
+			c.CID = i
+			q.write(q.capsule(c, make([]byte, 512)))
+		}
+		peers = append(peers, q)
+	}
+	eventually(t, "the device has all it can get", func() bool { return nvmf.Using(tg, subNQN, bad) == 64 })
+	q := queue(t, addr, admin(t, addr, subNQN, 0), 1, 127, nvme.Digests{})
+	q.status(nvme.Success, "write beside a stuck device", rw(nvme.OpWrite, good, 0, 1, nvme.SGLInCapsule), make([]byte, 512))
+	peers[0].cid = 1000
+	peers[0].status(nvme.Success, "write on a connection with commands that hang", rw(nvme.OpWrite, good, 0, 1, nvme.SGLInCapsule), make([]byte, 512))
+	if err := tg.RemoveNvmeNamespace(subNQN, good); err != nil {
+		t.Fatal(err)
+	}
+	close(stuck.gate)
+	for _, p := range peers {
+		for range 50 {
+			if c, _ := p.response(); !c.Status.OK() {
+				t.Errorf("write after the device came back: %v", c.Status)
+			}
+		}
+	}
+}
