@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	runc "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/mount"
@@ -175,7 +176,8 @@ func (n *Node) Create(ctx context.Context, id string, image client.Image, args .
 	container := &Container{ID: id, Port: port, node: n, logFile: logFile}
 	container.c, err = n.Containerd.Client.NewContainer(ctx, id, client.WithImage(image),
 		client.WithSnapshotter(n.Snapshotter), client.WithNewSnapshot(id, image),
-		client.WithRuntime("io.containerd.runc.v2", nil), client.WithNewSpec(options...))
+		// runc keeps its containers by name for the whole machine unless told where.
+		client.WithRuntime("io.containerd.runc.v2", &runc.Options{Root: filepath.Join(n.Lab.Dir, "runc")}), client.WithNewSpec(options...))
 	if err != nil {
 		return nil, fmt.Errorf("create container %s: %w", id, err)
 	}

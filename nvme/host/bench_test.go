@@ -12,21 +12,23 @@ import (
 	"github.com/thaw-project/thaw/target/nvmf"
 )
 
-// BenchmarkRead and BenchmarkWrite run target and host in one process over loopback:
-// one operation is 4 KiB at a random place of a device in memory. Allocations are
-// those of both sides.
-func BenchmarkRead(b *testing.B)  { benchmark(b, false) }
-func BenchmarkWrite(b *testing.B) { benchmark(b, true) }
+// The benchmarks run target and host in one process over loopback: one operation is
+// 4 KiB at a random place of a device in memory, or 128 KiB for the Large ones.
+// Allocations are those of both sides.
+func BenchmarkRead(b *testing.B)       { benchmark(b, 4096, false, 1, 8, 32) }
+func BenchmarkWrite(b *testing.B)      { benchmark(b, 4096, true, 1, 8, 32) }
+func BenchmarkLargeRead(b *testing.B)  { benchmark(b, 128<<10, false, 8) }
+func BenchmarkLargeWrite(b *testing.B) { benchmark(b, 128<<10, true, 8) }
 
-func benchmark(b *testing.B, write bool) {
+func benchmark(b *testing.B, block int64, write bool, depths ...int) {
 	for _, inline := range []bool{true, false} {
-		for _, depth := range []int{1, 8, 32} {
+		for _, depth := range depths {
 			b.Run(fmt.Sprintf("inline=%t/qd=%d", inline, depth), func(b *testing.B) {
 				const size = 64 << 20
 				l := newLab(b, nvmf.Options{})
 				id := l.add(nvmf.NvmeNamespaceConfig{Device: newMemory(size), Inline: inline})
 				d := l.open(l.connect(host.Config{Depth: 64}), id)
-				b.SetBytes(4096)
+				b.SetBytes(block)
 				b.ReportAllocs()
 				b.ResetTimer()
 				var wg sync.WaitGroup
@@ -37,9 +39,9 @@ func benchmark(b *testing.B, write bool) {
 					go func() {
 						defer wg.Done()
 						rng := rand.New(rand.NewPCG(uint64(g), 1))
-						p := make([]byte, 4096)
+						p := make([]byte, block)
 						for left.Add(-1) >= 0 {
-							off := rng.Int64N(size/4096) * 4096
+							off := rng.Int64N(size/block) * block
 							var err error
 							if write {
 								_, err = d.WriteAt(p, off)

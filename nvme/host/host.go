@@ -129,6 +129,8 @@ type Host struct {
 	live atomic.Pointer[controller] // what I/O uses, nil when no path lives
 	max  atomic.Int64               // bytes per command of the path that came up last
 
+	scan sync.Mutex
+
 	mu         sync.Mutex
 	paths      []*controller // by portal, nil when down; guarded by mu, as are all below
 	change     chan struct{} // closed and replaced when a path comes up
@@ -292,6 +294,8 @@ func (h *Host) wake() {
 
 // rescan takes over what a controller says of the nvmeNamespaces.
 func (h *Host) rescan(ct *controller) error {
+	h.scan.Lock() // one at a time, so that what is taken over last is the newest
+	defer h.scan.Unlock()
 	found, err := ct.scan()
 	if err != nil {
 		return err

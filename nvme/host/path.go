@@ -288,6 +288,16 @@ func (ct *controller) shutdown() {
 // shutdownWait bounds the farewell.
 const shutdownWait = 2 * time.Second
 
+// look reads the list of changed nvmeNamespaces, which lets the target report the next
+// change, and calls changed.
+func (ct *controller) look(changed func() error) error {
+	b := make([]byte, nvme.LogChangedLen)
+	if _, err := ct.command(nvme.GetLogPage(nvme.LogChanged, nvme.NSIDAll, 0, len(b), false), toHost, b); err != nil {
+		return err
+	}
+	return changed()
+}
+
 // watch looks after a connected controller until it fails or ctx ends: deadlines,
 // keep alive, events. It returns why.
 func (ct *controller) watch(ctx context.Context, changed func() error) error {
@@ -298,12 +308,20 @@ func (ct *controller) watch(ctx context.Context, changed func() error) error {
 	tick = max(min(tick, 500*time.Millisecond), 5*time.Millisecond)
 	t := time.NewTicker(tick)
 	defer t.Stop()
-	alive := make(chan error, 1)
+	// What waits for an answer of the target runs beside this loop, which looks at
+	// deadlines.
+	alive, looked := make(chan error, 1), make(chan error, 1)
+	events := ct.events // nil while one is looked at
 	busy := false
 	defer func() {
+		if busy || events == nil {
+			ct.admin.fail(errors.New("path ends"))
+		}
 		if busy {
-			ct.admin.fail(errors.New("controller closes"))
 			<-alive
+		}
+		if events == nil {
+			<-looked
 		}
 	}()
 	var watchers sync.WaitGroup
@@ -332,18 +350,16 @@ func (ct *controller) watch(ctx context.Context, changed func() error) error {
 			if busy = false; err != nil && !errors.Is(err, errPath) {
 				return fmt.Errorf("keep alive: %w", err)
 			}
-		case result := <-ct.events:
+		case result := <-events:
 			ct.admin.await()
-			if result == nvme.EventNvmeNamespace {
-				// Reading the page lets the target report the next change.
-				b := make([]byte, nvme.LogChangedLen)
-				_, err := ct.command(nvme.GetLogPage(nvme.LogChanged, nvme.NSIDAll, 0, len(b), false), toHost, b)
-				if err == nil {
-					err = changed()
-				}
-				if err != nil {
-					return fmt.Errorf("look at changed nvmeNamespaces: %w", err)
-				}
+			if result != nvme.EventNvmeNamespace {
+				continue
+			}
+			events = nil
+			go func() { looked <- ct.look(changed) }()
+		case err := <-looked:
+			if events = ct.events; err != nil {
+				return fmt.Errorf("look at changed nvmeNamespaces: %w", err)
 			}
 		case <-t.C:
 			now := int64(time.Since(ct.start))

@@ -389,3 +389,34 @@ func TestAccess(t *testing.T) {
 		t.Errorf("a subsystem that does not exist: %v", err)
 	}
 }
+
+// TestAnyAddress listens at all addresses: discovery gives the one the host came to,
+// and removing the listener ends what came through it.
+func TestAnyAddress(t *testing.T) {
+	l := newLab(t, nvmf.Options{})
+	addr, err := l.t1.AddListener(subNQN, nvmf.ListenerConfig{Address: "0.0.0.0:0"})
+	l.must(err)
+	_, port, err := net.SplitHostPort(addr)
+	l.must(err)
+	portal := net.JoinHostPort("127.0.0.1", port)
+	found, err := host.Discover(context.Background(), portal, host.Config{})
+	if err != nil || len(found) != 2 {
+		t.Fatalf("discovered %+v, %v", found, err)
+	}
+	for _, e := range found {
+		if e.Address != "127.0.0.1" || e.SubNQN != subNQN || e.Service != port && net.JoinHostPort(e.Address, e.Service) != l.addr {
+			t.Errorf("discovered %+v", e)
+		}
+	}
+	h := l.connect(quick(portal, l.addr))
+	up := func(want ...bool) {
+		t.Helper()
+		eventually(t, "paths change", func() error {
+			p := h.Paths()
+			return expect(p[0] == want[0] && p[1] == want[1], "they are %v", p)
+		})
+	}
+	up(true, true)
+	l.must(l.t1.RemoveListener(subNQN, addr))
+	up(false, true)
+}

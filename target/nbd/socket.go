@@ -37,6 +37,9 @@ var errIdle = errors.New("idle")
 // idleWait is for how long a connection keeps its buffers while nothing comes.
 const idleWait = 250 * time.Millisecond
 
+// sendBytes is the send buffer of a Unix socket; TCP finds its own.
+const sendBytes = 1 << 20
+
 // maxIovec bounds the buffers sent with one system call.
 const maxIovec = 64
 
@@ -80,6 +83,11 @@ func newSocket(conn net.Conn) *socket {
 	s := &socket{conn: conn, raw: raw}
 	if conn.SetDeadline(time.Time{}) != nil || raw.Control(func(fd uintptr) { s.fd = int(fd) }) != nil {
 		return nil
+	}
+	// Room for several long replies: with less the sender sleeps in the middle of each.
+	// Beyond what the system allows it is cut to that.
+	if u, ok := conn.(*net.UnixConn); ok {
+		u.SetWriteBuffer(sendBytes)
 	}
 	s.received = func(uintptr) bool {
 		s.n, s.recvErrno = recvfrom(s.fd, s.p, unix.MSG_DONTWAIT)

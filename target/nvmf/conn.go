@@ -159,10 +159,12 @@ func (c *conn) cleanup() {
 	c.ended = true
 	c.wmu.Unlock()
 	c.wg.Wait()
+	c.mu.Lock()
 	for _, r := range c.slots {
 		c.t.pools.put(r.buf)
 		r.buf = nil
 	}
+	c.mu.Unlock()
 	for _, b := range c.pending {
 		c.t.pools.put(b)
 	}
@@ -195,6 +197,11 @@ func (c *conn) terminate(p *nvme.PDUError) {
 	b.n = (&nvme.Term{Type: nvme.TypeC2HTermReq, Status: p.Status, Info: p.Info}).Put(b.b, c.rbuf[c.r:min(c.w, c.r+nvme.MaxHeaderLen)])
 	c.enqueue(b)
 	c.flush()
+	c.wmu.Lock()
+	for c.bytes.Load() > 0 && !c.closed.Load() && c.werr == nil {
+		c.drained.Wait() // a worker sends
+	}
+	c.wmu.Unlock()
 	if t, ok := c.nc.(*net.TCPConn); ok {
 		// Bytes that nobody reads would make closing a reset, and the reset could
 		// overtake the C2HTermReq.

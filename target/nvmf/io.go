@@ -534,10 +534,10 @@ func (r *request) serve() {
 // finish frees the slot, before the host can know that the command is done, and
 // gives memory to who waits for it.
 func (c *conn) finish(r *request) {
-	c.t.pools.put(r.buf)
-	r.buf, r.data = nil, nil
 	var next *request
 	c.mu.Lock()
+	buf := r.buf
+	r.buf, r.data = nil, nil
 	if r.mem != nil {
 		*r.mem += r.length
 	}
@@ -553,6 +553,7 @@ func (c *conn) finish(r *request) {
 		c.ask(next)
 	}
 	c.mu.Unlock()
+	c.t.pools.put(buf)
 }
 
 // awaitData asks for the data of r now, or as soon as there is memory for it.

@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"sort"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -417,12 +417,9 @@ type listener struct {
 // may share, and returns the address with the port that was taken. Errors are
 // kind.NotFound, kind.Invalid, kind.Exists and those of listening.
 func (t *Target) AddListener(nqn string, lc ListenerConfig) (string, error) {
-	host, port, err := net.SplitHostPort(lc.Address)
-	if err != nil || net.ParseIP(host) == nil {
-		return "", kind.Errorf(kind.Invalid, "listen address %q is not an IP address with a port", lc.Address)
-	}
-	if n, err := strconv.ParseUint(port, 10, 16); err != nil || strconv.FormatUint(n, 10) != port {
-		return "", kind.Errorf(kind.Invalid, "listen address %q has no numeric port", lc.Address)
+	var err error
+	if lc.Address, err = canonical(lc.Address); err != nil {
+		return "", err
 	}
 	s, err := t.subsystem(nqn)
 	if err != nil {
@@ -459,12 +456,24 @@ func (t *Target) AddListener(nqn string, lc ListenerConfig) (string, error) {
 	return lc.Address, nil
 }
 
+// canonical is the one way to write an address.
+func canonical(address string) (string, error) {
+	a, err := netip.ParseAddrPort(address)
+	if err != nil || a.Addr().Zone() != "" {
+		return "", kind.Errorf(kind.Invalid, "listen address %q is not an IP address with a port", address)
+	}
+	return a.String(), nil
+}
+
 // RemoveListener makes the subsystem unreachable at an address, as AddListener
 // returned it, and drops the controllers that came that way. The error is
 // kind.NotFound.
 func (t *Target) RemoveListener(nqn, address string) error {
 	s, err := t.subsystem(nqn)
 	if err != nil {
+		return err
+	}
+	if address, err = canonical(address); err != nil {
 		return err
 	}
 	if err := t.dropListener(s, address); err != nil {
