@@ -38,7 +38,7 @@ var errIdle = errors.New("idle")
 const idleWait = 250 * time.Millisecond
 
 // sendBytes is the send buffer of a Unix socket; TCP finds its own.
-const sendBytes = 1 << 20
+const sendBytes = 512 << 10
 
 // maxIovec bounds the buffers sent with one system call.
 const maxIovec = 64
