@@ -356,6 +356,19 @@ func TestLive(t *testing.T) {
 	if _, err := d.ReadAt(make([]byte, 4096), 0); !errors.Is(err, kind.NotFound) {
 		t.Errorf("the old device reads the new disk: %v", err)
 	}
+	m := newMemory(1 << 20)
+	fourth := l.add(nvmf.NvmeNamespaceConfig{Device: m})
+	ids(1, 2, 3, fourth)
+	grown := l.open(h, fourth)
+	m.resize(3 << 20)
+	if _, err := grown.WriteAt(make([]byte, 4096), 1<<20); !errors.Is(err, kind.Invalid) {
+		t.Errorf("write past the old end: %v", err)
+	}
+	l.must(l.t1.ResizeNvmeNamespace(subNQN, fourth))
+	eventually(t, "the host sees the new size", func() error { return expect(grown.SizeBytes() == 3<<20, "%d", grown.SizeBytes()) })
+	if _, err := grown.WriteAt(make([]byte, 4096), 3<<20-4096); err != nil {
+		t.Errorf("write at the new end: %v", err)
+	}
 	if l.open(h, first).SizeBytes() != 2<<20 || changes.Load() < 4 {
 		t.Errorf("size is %d after %d changes", l.open(h, first).SizeBytes(), changes.Load())
 	}

@@ -41,10 +41,16 @@ func (m *memory) enter(off, n int64) error {
 	if e := m.fail.Load(); e != nil {
 		return *e
 	}
-	if off < 0 || off+n > int64(len(m.data)) {
+	if off < 0 || off+n > m.SizeBytes() {
 		return kind.Errorf(kind.Invalid, "%d bytes at %d", n, off)
 	}
 	return nil
+}
+
+func (m *memory) resize(n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.data = append(m.data, make([]byte, n-len(m.data))...)
 }
 
 func (m *memory) ReadAt(p []byte, off int64) (int, error) {
@@ -85,7 +91,7 @@ func (m *memory) Discard(off, n int64) error {
 }
 
 func (m *memory) WriteZeroes(off, n int64) error { return m.Discard(off, n) }
-func (m *memory) SizeBytes() int64               { return int64(len(m.data)) }
+func (m *memory) SizeBytes() int64               { m.mu.RLock(); defer m.mu.RUnlock(); return int64(len(m.data)) }
 func (m *memory) ReadOnly() bool                 { return m.readOnly }
 func (m *memory) Close() error                   { return nil }
 

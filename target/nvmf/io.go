@@ -90,7 +90,7 @@ func (c *conn) plan(cmd *nvme.Command) (u *use, off int64, length int, s nvme.St
 		return u, 0, (int(cmd.CDW10&0xff) + 1) * nvme.RangeLen, nvme.Success
 	}
 	lba, blocks := cmd.SLBA(), uint64(cmd.Blocks())
-	if blocks > n.blocks || lba > n.blocks-blocks {
+	if all := n.blocks.Load(); blocks > all || lba > all-blocks {
 		return nil, 0, 0, nvme.LBAOutOfRange | nvme.DNR
 	}
 	off, length = int64(lba<<n.shift), int(blocks<<n.shift)
@@ -375,7 +375,7 @@ func (c *conn) execute(cmd *nvme.Command, u *use, off int64, length int, p []byt
 		for q := p; len(q) > 0; q = q[nvme.RangeLen:] {
 			var r nvme.Range
 			r.Parse(q)
-			if uint64(r.Blocks) > u.ns.blocks || r.SLBA > u.ns.blocks-uint64(r.Blocks) {
+			if all := u.ns.blocks.Load(); uint64(r.Blocks) > all || r.SLBA > all-uint64(r.Blocks) {
 				return nvme.LBAOutOfRange | nvme.DNR
 			}
 		}

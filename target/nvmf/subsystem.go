@@ -39,7 +39,7 @@ type nvmeNamespace struct {
 	NvmeNamespaceConfig
 	dev      bdev.Device
 	shift    uint // log2 of BlockBytes
-	blocks   uint64
+	blocks   atomic.Uint64
 	readOnly bool
 	removed  atomic.Bool
 	ops      chan struct{} // one for each command of a worker
@@ -115,16 +115,17 @@ func (n *nvmeNamespace) drain() {
 }
 
 func (n *nvmeNamespace) identify() nvme.NvmeNamespace {
-	return nvme.NvmeNamespace{Blocks: n.blocks, BlockBytes: n.BlockBytes, Shared: true, DLFEAT: nvme.DLFEATZeros | nvme.DLFEATDeallocate,
+	return nvme.NvmeNamespace{Blocks: n.blocks.Load(), BlockBytes: n.BlockBytes, Shared: true, DLFEAT: nvme.DLFEATZeros | nvme.DLFEATDeallocate,
 		ReadOnly: n.readOnly, NGUID: n.NGUID, EUI64: n.EUI64}
 }
 
 func (s *subsystem) add(c NvmeNamespaceConfig) (uint32, error) {
-	n := &nvmeNamespace{dev: c.Device, blocks: uint64(c.Device.SizeBytes()) / uint64(c.BlockBytes), shift: 9, readOnly: c.Device.ReadOnly(),
+	n := &nvmeNamespace{dev: c.Device, shift: 9, readOnly: c.Device.ReadOnly(),
 		ops: make(chan struct{}, namespaceOps), drained: make(chan struct{}, 1), users: map[*use]struct{}{}}
 	if c.BlockBytes == 4096 {
 		n.shift = 12
 	}
+	n.blocks.Store(uint64(c.Device.SizeBytes()) >> n.shift)
 	s.mu.Lock()
 	if c.NSID == 0 {
 		for c.NSID = 1; s.namespaces[c.NSID] != nil; {

@@ -335,6 +335,24 @@ func (t *Target) RemoveNvmeNamespace(nqn string, nsid uint32) error {
 	return s.remove(nsid)
 }
 
+// ResizeNvmeNamespace takes over the present size of a device, rounded down to whole
+// blocks, and tells every connected host if it changed. A device that shrinks must
+// still answer what was checked against its old size. The error is kind.NotFound.
+func (t *Target) ResizeNvmeNamespace(nqn string, nsid uint32) error {
+	s, err := t.subsystem(nqn)
+	if err != nil {
+		return err
+	}
+	n := s.lookup(nsid)
+	if n == nil {
+		return kind.Errorf(kind.NotFound, "nvmeNamespace %d of %s does not exist", nsid, nqn)
+	}
+	if size := uint64(n.dev.SizeBytes()) >> n.shift; n.blocks.Swap(size) != size {
+		s.changed(nsid)
+	}
+	return nil
+}
+
 // AddHost allows a host NQN to connect. Errors are kind.NotFound, kind.Invalid and
 // kind.Exists.
 func (t *Target) AddHost(nqn, host string) error {
