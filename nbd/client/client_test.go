@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -533,5 +534,35 @@ func TestErrors(t *testing.T) {
 	}
 	if nbd.ErrnoOf(errors.New("?")) != nbd.EIO || nbd.ErrnoOf(kind.Errorf(kind.Corrupt, "x")) != nbd.EIO || nbd.ErrnoOf(kind.Errorf(kind.NoSpace, "x")) != nbd.ENOSPC {
 		t.Error("kinds map wrongly")
+	}
+}
+
+// BenchmarkRead reads 4 KiB blocks from our own server in the same process.
+func BenchmarkRead(b *testing.B) {
+	socket := filepath.Join(shortDir(b), "s")
+	b.Cleanup(own(b, socket, server.Export{Device: &ram{b: make([]byte, 16<<20)}}))
+	d, err := Open(b.Context(), Config{Network: "unix", Address: socket})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { d.Close() })
+	for _, depth := range []int{1, 8, 32} {
+		b.Run(fmt.Sprintf("qd%d", depth), func(b *testing.B) {
+			b.ReportAllocs()
+			var wg sync.WaitGroup
+			for w := range depth {
+				wg.Go(func() {
+					p := make([]byte, 4096)
+					for i := range b.N / depth {
+						if _, err := d.ReadAt(p, int64((i*8191+w*97)%4096)*4096); err != nil {
+							b.Error(err)
+							return
+						}
+					}
+				})
+			}
+			wg.Wait()
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "IOPS")
+		})
 	}
 }

@@ -244,15 +244,17 @@ func (l *link) send(c *call) bool {
 	l.mu.Unlock()
 
 	c.late.Reset(l.d.cfg.RequestTimeout)
-	c.vec[0] = c.head[:c.req.Encode(c.head[:], conn.s.extended)]
-	c.vec[1] = c.payload
-	c.bufs = c.vec[:]
-	if len(c.payload) == 0 {
-		c.bufs = c.vec[:1]
-	}
+	head := c.head[:c.req.Encode(c.head[:], conn.s.extended)]
 	l.sending.Lock()
 	conn.SetWriteDeadline(time.Now().Add(l.d.cfg.RequestTimeout))
-	_, err := c.bufs.WriteTo(conn.Conn) // the net.Conn itself knows writev
+	var err error
+	if len(c.payload) == 0 {
+		_, err = conn.Write(head)
+	} else {
+		c.vec = [2][]byte{head, c.payload}
+		c.bufs = c.vec[:]
+		_, err = c.bufs.WriteTo(conn.Conn) // the net.Conn itself knows writev
+	}
 	l.sending.Unlock()
 	if err != nil {
 		conn.close() // the reader finds out

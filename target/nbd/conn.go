@@ -44,6 +44,7 @@ type conn struct {
 
 	box      outbox
 	draining atomic.Bool
+	warned   atomic.Int64 // when a failing device was last logged, in Unix nanoseconds
 }
 
 // slot is a request that is served by a goroutine of its own.
@@ -298,7 +299,9 @@ func (c *conn) handle(req *nbd.Request) error {
 		}
 		return err
 	}
-	if cost.slow() {
+	// What goes through all its bytes takes long when it has many.
+	long := req.Length > chunkBytes && (req.Type == nbd.CmdCache || req.Flags&nbd.CmdFlagNoHole != 0)
+	if long || cost.slow() {
 		return c.dispatch(req, nil)
 	}
 	start := time.Now()

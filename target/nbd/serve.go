@@ -3,6 +3,7 @@ package nbd
 import (
 	"encoding/binary"
 	"io"
+	"time"
 
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/nbd"
@@ -18,6 +19,9 @@ const (
 	maxExtents = 256
 	statusRoom = nbd.ExtendedChunkBytes + 8 + maxExtents*16
 )
+
+// warnEvery is how often a connection logs that its device fails.
+const warnEvery = time.Second
 
 // zeroes is what NO_HOLE writes.
 var zeroes [64 << 10]byte
@@ -76,7 +80,9 @@ func (c *conn) errno(what string, err error) nbd.Errno {
 		return 0
 	}
 	e := nbd.ErrnoOf(err)
-	if e == nbd.EIO {
+	// A disk that is gone fails thousands of requests a second: one line will do.
+	if now := time.Now().UnixNano(); e == nbd.EIO && now-c.warned.Load() > int64(warnEvery) {
+		c.warned.Store(now)
 		c.s.log.Warn("a device failed an NBD request", "export", c.x.Name, "request", what, "error", err)
 	}
 	return e
