@@ -71,6 +71,7 @@ type connection struct {
 	net.Conn
 	r *bufio.Reader
 	s session
+	b [32]byte // what the reader reads headers into
 }
 
 func (c *connection) close() { c.Conn.Close() }
@@ -360,7 +361,7 @@ func (l *link) chunk(c *connection, chunk *nbd.Chunk) error {
 	if err != nil {
 		return err
 	}
-	var b [20]byte
+	b := c.b[:]
 	var errno nbd.Errno
 	length := chunk.Length
 	bad := func() error { return fmt.Errorf("a chunk of type %d with %d bytes", chunk.Type, length) }
@@ -439,7 +440,7 @@ func (l *link) status(c *connection, k *call, chunk *nbd.Chunk) error {
 	if k.req.Type != nbd.CmdBlockStatus || chunk.Length < head+each || chunk.Length > maxErrorBytes || (chunk.Length-head)%each != 0 {
 		return fmt.Errorf("a block status chunk with %d bytes", chunk.Length)
 	}
-	var b [24]byte
+	b := c.b[:]
 	if _, err := io.ReadFull(c.r, b[:head+each]); err != nil {
 		return err
 	}
