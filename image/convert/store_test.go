@@ -175,7 +175,7 @@ func (s *realStore) clean() {
 	c := s.client()
 	ctx := context.Background()
 	var left []string
-	for end := time.Now().Add(45 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		left = loopsOn(s.dir)
 		lvols, err := c.ListLvols(ctx, &attacherv1.ListLvolsRequest{})
 		must(s.t, err)
