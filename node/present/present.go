@@ -26,6 +26,9 @@ type Source struct {
 	Kind SourceKind `json:"kind"`
 	// Lvol is the lvol's name; for qcow2, the backing lvol's name.
 	Lvol string `json:"lvol"`
+	// Target is the name of the target that stores the lvol; empty is this machine's
+	// own store.
+	Target string `json:"target,omitempty"`
 	// Path is the qcow2 file's absolute path.
 	Path string `json:"path,omitempty"`
 }
