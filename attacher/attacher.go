@@ -79,9 +79,11 @@ type Options struct {
 	// HoldGrace is how long owners known from before a restart have to hold again;
 	// 0 is DefaultHoldGrace.
 	HoldGrace time.Duration
-	// Attached tells whether a node has block attached; nil means that none ever
+	// Attached tells whether this machine has block attached; nil means that it never
 	// has. It is called while locks are held and must not call the Attacher.
 	Attached func(block string) bool
+	// Exporter shows blocks to other machines; nil when this store serves none.
+	Exporter Exporter
 	// Sync makes the kernel write what it caches for a presented file to the disk
 	// behind it, and the disk make it durable. nil runs sync(1) on the path: never
 	// a system call of this process, which may be the one that serves the file, and
@@ -122,11 +124,12 @@ func (o *Options) validate() error {
 	return nil
 }
 
-// Attacher implements attacherv1.AttacherServer. Its methods may be called
+// Attacher implements attacherv1.AttacherServer and attacherv1.NodeServer. Its methods may be called
 // concurrently, and return errors with kinds: NewServer's interceptors turn them
 // into statuses.
 type Attacher struct {
 	attacherv1.UnsafeAttacherServer
+	attacherv1.UnsafeNodeServer
 
 	o  Options
 	db *statedb.DB
@@ -138,9 +141,10 @@ type Attacher struct {
 	names keylock.Set
 
 	mu      sync.Mutex
-	holds   map[string]*hold // guarded by mu: by owner
-	closing bool             // guarded by mu
-	calls   sync.WaitGroup   // Add under mu while not closing
+	holds   map[string]*hold               // guarded by mu: by owner
+	exports map[string]map[string]struct{} // guarded by mu: nodes by the block that they have attached
+	closing bool                           // guarded by mu
+	calls   sync.WaitGroup                 // Add under mu while not closing
 
 	life context.Context // ends with Stop
 	end  context.CancelFunc
@@ -163,7 +167,7 @@ func New(o Options) (*Attacher, error) {
 		return nil, err
 	}
 	a := &Attacher{
-		o: o, db: db, holds: make(map[string]*hold),
+		o: o, db: db, holds: make(map[string]*hold), exports: make(map[string]map[string]struct{}),
 		wake: make(chan struct{}, 1),
 		step: func(string) {},
 	}

@@ -16,7 +16,7 @@ import (
 	"github.com/thaw-project/thaw/statedb"
 )
 
-// The database, format version 1. Keys are lvol names unless said otherwise, values
+// The database, format version 2 (1 had no attachments). Keys are lvol names unless said otherwise, values
 // are JSON.
 //
 //	"work"      -> workRecord     an lvol that lives by a hold; written before it is created
@@ -26,13 +26,15 @@ import (
 //	"removals"  -> removalRecord  a block to delete as soon as nothing uses it; written
 //	                              together with the removal of its image
 //	"renames"   -> renameRecord   under the new name: what a rename is or was from
+//	"attachments" node \0 block -> attachmentRecord   a block that another machine may read;
+//	                              written before it may
 //	"images"    reference \0 platform -> imageRecord
 //
 // A record whose lvol does not exist means that the process died in between; it is
 // harmless and dropped by the next sweep of its kind.
 const (
 	dbPart    = "attacher"
-	dbVersion = 1
+	dbVersion = 2
 )
 
 var (
@@ -42,6 +44,8 @@ var (
 	removalsBucket = []byte("removals")
 	renamesBucket  = []byte("renames")
 	imagesBucket   = []byte("images")
+
+	attachmentsBucket = []byte("attachments")
 )
 
 type workRecord struct {
@@ -91,7 +95,10 @@ func openDB(path string) (*statedb.DB, error) {
 		Buckets: []string{
 			string(workBucket), string(exportsBucket), string(blocksBucket),
 			string(removalsBucket), string(renamesBucket), string(imagesBucket),
+			string(attachmentsBucket),
 		},
+		// A version 1 program must not open it: it would delete blocks that nodes read.
+		Upgrade: func(*bbolt.Tx, uint32) error { return nil },
 	})
 }
 

@@ -151,6 +151,10 @@ func (a *Attacher) alive(owner string) bool {
 
 // recover takes up what the records say a predecessor left.
 func (a *Attacher) recover() error {
+	// First: nodes' reads wait for it.
+	if err := a.restoreExports(); err != nil {
+		return err
+	}
 	owners, err := a.owners()
 	if err != nil {
 		return err

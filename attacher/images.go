@@ -200,8 +200,8 @@ func (a *Attacher) DeleteImage(ctx context.Context, r *attacherv1.DeleteImageReq
 			if kept[name] {
 				continue
 			}
-			if a.o.Attached(name) {
-				return nil, kind.Errorf(kind.InUse, "remove image %s: its block %s is attached on a node: remove the containers and containerd's copy of the image first", i.Reference, name)
+			if node := a.attachedBy(name); node != "" {
+				return nil, kind.Errorf(kind.InUse, "remove image %s: its block %s is attached on a node (%s): remove the containers and containerd's copy of the image there first", i.Reference, name, node)
 			}
 			depths[name] = max(depths[name], depth)
 		}
@@ -343,7 +343,7 @@ func (a *Attacher) releaseOne(ctx context.Context, name string, fates map[string
 		if len(info.Clones) > 0 {
 			return fateKept, nil
 		}
-		if a.o.Attached(name) {
+		if a.attached(name) {
 			return fateBusy, nil
 		}
 		err = a.o.Lvols.Delete(name)
@@ -401,7 +401,7 @@ func (a *Attacher) reusable(minAge time.Duration) ([]lvol.Info, error) {
 	return slices.DeleteFunc(infos, func(i lvol.Info) bool {
 		b, converted := ours[i.Name]
 		_, going := removals[i.Name]
-		return !converted || going || named[i.Name] || time.Unix(0, b.CompletedUnixNanos).After(oldest) || a.o.Attached(i.Name)
+		return !converted || going || named[i.Name] || time.Unix(0, b.CompletedUnixNanos).After(oldest) || a.attached(i.Name)
 	}), nil
 }
 

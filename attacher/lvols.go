@@ -396,7 +396,7 @@ func (a *Attacher) unused(name string) error {
 	} else if ok {
 		return kind.Errorf(kind.InUse, "it is exported to %s", x.Owner)
 	}
-	if a.o.Attached(name) {
+	if a.attached(name) {
 		return kind.Errorf(kind.InUse, "it is attached on a node")
 	}
 	if !isBlock(name) {

@@ -1813,6 +1813,427 @@ func (x *Problem) GetRepaired() bool {
 	return false
 }
 
+type AttachBlockRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Block         string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"`
+	Transport     string                 `protobuf:"bytes,2,opt,name=transport,proto3" json:"transport,omitempty"` // nvme-tcp; empty: the store's choice
+	Node          string                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`           // on the network empty, or the certificate's
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachBlockRequest) Reset() {
+	*x = AttachBlockRequest{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachBlockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachBlockRequest) ProtoMessage() {}
+
+func (x *AttachBlockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachBlockRequest.ProtoReflect.Descriptor instead.
+func (*AttachBlockRequest) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *AttachBlockRequest) GetBlock() string {
+	if x != nil {
+		return x.Block
+	}
+	return ""
+}
+
+func (x *AttachBlockRequest) GetTransport() string {
+	if x != nil {
+		return x.Transport
+	}
+	return ""
+}
+
+func (x *AttachBlockRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+// Portal is an address at which the store serves blocks.
+type Portal struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Transport     string                 `protobuf:"bytes,1,opt,name=transport,proto3" json:"transport,omitempty"` // tcp or rdma
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`     // IP address
+	Service       string                 `protobuf:"bytes,3,opt,name=service,proto3" json:"service,omitempty"`     // port
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Portal) Reset() {
+	*x = Portal{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Portal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Portal) ProtoMessage() {}
+
+func (x *Portal) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Portal.ProtoReflect.Descriptor instead.
+func (*Portal) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *Portal) GetTransport() string {
+	if x != nil {
+		return x.Transport
+	}
+	return ""
+}
+
+func (x *Portal) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Portal) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+type Attachment struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Block            string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"`
+	Node             string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	Transport        string                 `protobuf:"bytes,3,opt,name=transport,proto3" json:"transport,omitempty"`
+	SubsystemNqn     string                 `protobuf:"bytes,4,opt,name=subsystem_nqn,json=subsystemNqn,proto3" json:"subsystem_nqn,omitempty"` // one for each node
+	HostNqn          string                 `protobuf:"bytes,5,opt,name=host_nqn,json=hostNqn,proto3" json:"host_nqn,omitempty"`                // as which the node must connect
+	HostId           string                 `protobuf:"bytes,6,opt,name=host_id,json=hostId,proto3" json:"host_id,omitempty"`                   // UUID that belongs to host_nqn
+	Portals          []*Portal              `protobuf:"bytes,7,rep,name=portals,proto3" json:"portals,omitempty"`
+	Nsid             uint32                 `protobuf:"varint,8,opt,name=nsid,proto3" json:"nsid,omitempty"`
+	Uuid             string                 `protobuf:"bytes,9,opt,name=uuid,proto3" json:"uuid,omitempty"` // of the nvmeNamespace; its NGUID is the same 16 bytes
+	SizeBytes        int64                  `protobuf:"varint,10,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	CreatedUnixNanos int64                  `protobuf:"varint,11,opt,name=created_unix_nanos,json=createdUnixNanos,proto3" json:"created_unix_nanos,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *Attachment) Reset() {
+	*x = Attachment{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Attachment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Attachment) ProtoMessage() {}
+
+func (x *Attachment) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Attachment.ProtoReflect.Descriptor instead.
+func (*Attachment) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *Attachment) GetBlock() string {
+	if x != nil {
+		return x.Block
+	}
+	return ""
+}
+
+func (x *Attachment) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Attachment) GetTransport() string {
+	if x != nil {
+		return x.Transport
+	}
+	return ""
+}
+
+func (x *Attachment) GetSubsystemNqn() string {
+	if x != nil {
+		return x.SubsystemNqn
+	}
+	return ""
+}
+
+func (x *Attachment) GetHostNqn() string {
+	if x != nil {
+		return x.HostNqn
+	}
+	return ""
+}
+
+func (x *Attachment) GetHostId() string {
+	if x != nil {
+		return x.HostId
+	}
+	return ""
+}
+
+func (x *Attachment) GetPortals() []*Portal {
+	if x != nil {
+		return x.Portals
+	}
+	return nil
+}
+
+func (x *Attachment) GetNsid() uint32 {
+	if x != nil {
+		return x.Nsid
+	}
+	return 0
+}
+
+func (x *Attachment) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *Attachment) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *Attachment) GetCreatedUnixNanos() int64 {
+	if x != nil {
+		return x.CreatedUnixNanos
+	}
+	return 0
+}
+
+type DetachBlockRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Block         string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachBlockRequest) Reset() {
+	*x = DetachBlockRequest{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachBlockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachBlockRequest) ProtoMessage() {}
+
+func (x *DetachBlockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachBlockRequest.ProtoReflect.Descriptor instead.
+func (*DetachBlockRequest) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *DetachBlockRequest) GetBlock() string {
+	if x != nil {
+		return x.Block
+	}
+	return ""
+}
+
+func (x *DetachBlockRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type DetachBlockResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachBlockResponse) Reset() {
+	*x = DetachBlockResponse{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachBlockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachBlockResponse) ProtoMessage() {}
+
+func (x *DetachBlockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachBlockResponse.ProtoReflect.Descriptor instead.
+func (*DetachBlockResponse) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{37}
+}
+
+type ListAttachmentsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // empty: on the Unix socket all, on the network the caller's
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAttachmentsRequest) Reset() {
+	*x = ListAttachmentsRequest{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAttachmentsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAttachmentsRequest) ProtoMessage() {}
+
+func (x *ListAttachmentsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAttachmentsRequest.ProtoReflect.Descriptor instead.
+func (*ListAttachmentsRequest) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *ListAttachmentsRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type ListAttachmentsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Attachments   []*Attachment          `protobuf:"bytes,1,rep,name=attachments,proto3" json:"attachments,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAttachmentsResponse) Reset() {
+	*x = ListAttachmentsResponse{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAttachmentsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAttachmentsResponse) ProtoMessage() {}
+
+func (x *ListAttachmentsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAttachmentsResponse.ProtoReflect.Descriptor instead.
+func (*ListAttachmentsResponse) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *ListAttachmentsResponse) GetAttachments() []*Attachment {
+	if x != nil {
+		return x.Attachments
+	}
+	return nil
+}
+
 var File_attacher_v1_attacher_proto protoreflect.FileDescriptor
 
 const file_attacher_v1_attacher_proto_rawDesc = "" +
@@ -1932,7 +2353,38 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\x04lvol\x18\x02 \x01(\tR\x04lvol\x12!\n" +
 	"\foffset_bytes\x18\x03 \x01(\x03R\voffsetBytes\x12\x16\n" +
 	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x1a\n" +
-	"\brepaired\x18\x05 \x01(\bR\brepaired2\xbe\f\n" +
+	"\brepaired\x18\x05 \x01(\bR\brepaired\"\\\n" +
+	"\x12AttachBlockRequest\x12\x14\n" +
+	"\x05block\x18\x01 \x01(\tR\x05block\x12\x1c\n" +
+	"\ttransport\x18\x02 \x01(\tR\ttransport\x12\x12\n" +
+	"\x04node\x18\x03 \x01(\tR\x04node\"Z\n" +
+	"\x06Portal\x12\x1c\n" +
+	"\ttransport\x18\x01 \x01(\tR\ttransport\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x18\n" +
+	"\aservice\x18\x03 \x01(\tR\aservice\"\xd6\x02\n" +
+	"\n" +
+	"Attachment\x12\x14\n" +
+	"\x05block\x18\x01 \x01(\tR\x05block\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x1c\n" +
+	"\ttransport\x18\x03 \x01(\tR\ttransport\x12#\n" +
+	"\rsubsystem_nqn\x18\x04 \x01(\tR\fsubsystemNqn\x12\x19\n" +
+	"\bhost_nqn\x18\x05 \x01(\tR\ahostNqn\x12\x17\n" +
+	"\ahost_id\x18\x06 \x01(\tR\x06hostId\x122\n" +
+	"\aportals\x18\a \x03(\v2\x18.thaw.attacher.v1.PortalR\aportals\x12\x12\n" +
+	"\x04nsid\x18\b \x01(\rR\x04nsid\x12\x12\n" +
+	"\x04uuid\x18\t \x01(\tR\x04uuid\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\n" +
+	" \x01(\x03R\tsizeBytes\x12,\n" +
+	"\x12created_unix_nanos\x18\v \x01(\x03R\x10createdUnixNanos\">\n" +
+	"\x12DetachBlockRequest\x12\x14\n" +
+	"\x05block\x18\x01 \x01(\tR\x05block\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\"\x15\n" +
+	"\x13DetachBlockResponse\",\n" +
+	"\x16ListAttachmentsRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\"Y\n" +
+	"\x17ListAttachmentsResponse\x12>\n" +
+	"\vattachments\x18\x01 \x03(\v2\x1c.thaw.attacher.v1.AttachmentR\vattachments2\xbe\f\n" +
 	"\bAttacher\x12I\n" +
 	"\n" +
 	"CreateLvol\x12#.thaw.attacher.v1.CreateLvolRequest\x1a\x16.thaw.attacher.v1.Lvol\x12G\n" +
@@ -1959,7 +2411,11 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\vPruneBlocks\x12$.thaw.attacher.v1.PruneBlocksRequest\x1a%.thaw.attacher.v1.PruneBlocksResponse\x12F\n" +
 	"\bGetStore\x12!.thaw.attacher.v1.GetStoreRequest\x1a\x17.thaw.attacher.v1.Store\x12W\n" +
 	"\n" +
-	"CheckStore\x12#.thaw.attacher.v1.CheckStoreRequest\x1a$.thaw.attacher.v1.CheckStoreResponseB9Z7github.com/thaw-project/thaw/api/attacher/v1;attacherv1b\x06proto3"
+	"CheckStore\x12#.thaw.attacher.v1.CheckStoreRequest\x1a$.thaw.attacher.v1.CheckStoreResponse2\x9d\x02\n" +
+	"\x04Node\x12Q\n" +
+	"\vAttachBlock\x12$.thaw.attacher.v1.AttachBlockRequest\x1a\x1c.thaw.attacher.v1.Attachment\x12Z\n" +
+	"\vDetachBlock\x12$.thaw.attacher.v1.DetachBlockRequest\x1a%.thaw.attacher.v1.DetachBlockResponse\x12f\n" +
+	"\x0fListAttachments\x12(.thaw.attacher.v1.ListAttachmentsRequest\x1a).thaw.attacher.v1.ListAttachmentsResponseB9Z7github.com/thaw-project/thaw/api/attacher/v1;attacherv1b\x06proto3"
 
 var (
 	file_attacher_v1_attacher_proto_rawDescOnce sync.Once
@@ -1973,92 +2429,107 @@ func file_attacher_v1_attacher_proto_rawDescGZIP() []byte {
 	return file_attacher_v1_attacher_proto_rawDescData
 }
 
-var file_attacher_v1_attacher_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_attacher_v1_attacher_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_attacher_v1_attacher_proto_goTypes = []any{
-	(*Lvol)(nil),                // 0: thaw.attacher.v1.Lvol
-	(*CreateLvolRequest)(nil),   // 1: thaw.attacher.v1.CreateLvolRequest
-	(*CloneLvolRequest)(nil),    // 2: thaw.attacher.v1.CloneLvolRequest
-	(*SnapshotLvolRequest)(nil), // 3: thaw.attacher.v1.SnapshotLvolRequest
-	(*GetLvolRequest)(nil),      // 4: thaw.attacher.v1.GetLvolRequest
-	(*ListLvolsRequest)(nil),    // 5: thaw.attacher.v1.ListLvolsRequest
-	(*ListLvolsResponse)(nil),   // 6: thaw.attacher.v1.ListLvolsResponse
-	(*DeleteLvolRequest)(nil),   // 7: thaw.attacher.v1.DeleteLvolRequest
-	(*DeleteLvolResponse)(nil),  // 8: thaw.attacher.v1.DeleteLvolResponse
-	(*RenameLvolRequest)(nil),   // 9: thaw.attacher.v1.RenameLvolRequest
-	(*ResizeLvolRequest)(nil),   // 10: thaw.attacher.v1.ResizeLvolRequest
-	(*InflateLvolRequest)(nil),  // 11: thaw.attacher.v1.InflateLvolRequest
-	(*DecoupleLvolRequest)(nil), // 12: thaw.attacher.v1.DecoupleLvolRequest
-	(*HoldRequest)(nil),         // 13: thaw.attacher.v1.HoldRequest
-	(*HoldResponse)(nil),        // 14: thaw.attacher.v1.HoldResponse
-	(*ExportRequest)(nil),       // 15: thaw.attacher.v1.ExportRequest
-	(*ExportResponse)(nil),      // 16: thaw.attacher.v1.ExportResponse
-	(*UnexportRequest)(nil),     // 17: thaw.attacher.v1.UnexportRequest
-	(*UnexportResponse)(nil),    // 18: thaw.attacher.v1.UnexportResponse
-	(*Image)(nil),               // 19: thaw.attacher.v1.Image
-	(*PutImageRequest)(nil),     // 20: thaw.attacher.v1.PutImageRequest
-	(*GetImageRequest)(nil),     // 21: thaw.attacher.v1.GetImageRequest
-	(*ListImagesRequest)(nil),   // 22: thaw.attacher.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),  // 23: thaw.attacher.v1.ListImagesResponse
-	(*DeleteImageRequest)(nil),  // 24: thaw.attacher.v1.DeleteImageRequest
-	(*DeleteImageResponse)(nil), // 25: thaw.attacher.v1.DeleteImageResponse
-	(*PruneBlocksRequest)(nil),  // 26: thaw.attacher.v1.PruneBlocksRequest
-	(*PruneBlocksResponse)(nil), // 27: thaw.attacher.v1.PruneBlocksResponse
-	(*GetStoreRequest)(nil),     // 28: thaw.attacher.v1.GetStoreRequest
-	(*Store)(nil),               // 29: thaw.attacher.v1.Store
-	(*CheckStoreRequest)(nil),   // 30: thaw.attacher.v1.CheckStoreRequest
-	(*CheckStoreResponse)(nil),  // 31: thaw.attacher.v1.CheckStoreResponse
-	(*Problem)(nil),             // 32: thaw.attacher.v1.Problem
+	(*Lvol)(nil),                    // 0: thaw.attacher.v1.Lvol
+	(*CreateLvolRequest)(nil),       // 1: thaw.attacher.v1.CreateLvolRequest
+	(*CloneLvolRequest)(nil),        // 2: thaw.attacher.v1.CloneLvolRequest
+	(*SnapshotLvolRequest)(nil),     // 3: thaw.attacher.v1.SnapshotLvolRequest
+	(*GetLvolRequest)(nil),          // 4: thaw.attacher.v1.GetLvolRequest
+	(*ListLvolsRequest)(nil),        // 5: thaw.attacher.v1.ListLvolsRequest
+	(*ListLvolsResponse)(nil),       // 6: thaw.attacher.v1.ListLvolsResponse
+	(*DeleteLvolRequest)(nil),       // 7: thaw.attacher.v1.DeleteLvolRequest
+	(*DeleteLvolResponse)(nil),      // 8: thaw.attacher.v1.DeleteLvolResponse
+	(*RenameLvolRequest)(nil),       // 9: thaw.attacher.v1.RenameLvolRequest
+	(*ResizeLvolRequest)(nil),       // 10: thaw.attacher.v1.ResizeLvolRequest
+	(*InflateLvolRequest)(nil),      // 11: thaw.attacher.v1.InflateLvolRequest
+	(*DecoupleLvolRequest)(nil),     // 12: thaw.attacher.v1.DecoupleLvolRequest
+	(*HoldRequest)(nil),             // 13: thaw.attacher.v1.HoldRequest
+	(*HoldResponse)(nil),            // 14: thaw.attacher.v1.HoldResponse
+	(*ExportRequest)(nil),           // 15: thaw.attacher.v1.ExportRequest
+	(*ExportResponse)(nil),          // 16: thaw.attacher.v1.ExportResponse
+	(*UnexportRequest)(nil),         // 17: thaw.attacher.v1.UnexportRequest
+	(*UnexportResponse)(nil),        // 18: thaw.attacher.v1.UnexportResponse
+	(*Image)(nil),                   // 19: thaw.attacher.v1.Image
+	(*PutImageRequest)(nil),         // 20: thaw.attacher.v1.PutImageRequest
+	(*GetImageRequest)(nil),         // 21: thaw.attacher.v1.GetImageRequest
+	(*ListImagesRequest)(nil),       // 22: thaw.attacher.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),      // 23: thaw.attacher.v1.ListImagesResponse
+	(*DeleteImageRequest)(nil),      // 24: thaw.attacher.v1.DeleteImageRequest
+	(*DeleteImageResponse)(nil),     // 25: thaw.attacher.v1.DeleteImageResponse
+	(*PruneBlocksRequest)(nil),      // 26: thaw.attacher.v1.PruneBlocksRequest
+	(*PruneBlocksResponse)(nil),     // 27: thaw.attacher.v1.PruneBlocksResponse
+	(*GetStoreRequest)(nil),         // 28: thaw.attacher.v1.GetStoreRequest
+	(*Store)(nil),                   // 29: thaw.attacher.v1.Store
+	(*CheckStoreRequest)(nil),       // 30: thaw.attacher.v1.CheckStoreRequest
+	(*CheckStoreResponse)(nil),      // 31: thaw.attacher.v1.CheckStoreResponse
+	(*Problem)(nil),                 // 32: thaw.attacher.v1.Problem
+	(*AttachBlockRequest)(nil),      // 33: thaw.attacher.v1.AttachBlockRequest
+	(*Portal)(nil),                  // 34: thaw.attacher.v1.Portal
+	(*Attachment)(nil),              // 35: thaw.attacher.v1.Attachment
+	(*DetachBlockRequest)(nil),      // 36: thaw.attacher.v1.DetachBlockRequest
+	(*DetachBlockResponse)(nil),     // 37: thaw.attacher.v1.DetachBlockResponse
+	(*ListAttachmentsRequest)(nil),  // 38: thaw.attacher.v1.ListAttachmentsRequest
+	(*ListAttachmentsResponse)(nil), // 39: thaw.attacher.v1.ListAttachmentsResponse
 }
 var file_attacher_v1_attacher_proto_depIdxs = []int32{
 	0,  // 0: thaw.attacher.v1.ListLvolsResponse.lvols:type_name -> thaw.attacher.v1.Lvol
 	19, // 1: thaw.attacher.v1.PutImageRequest.image:type_name -> thaw.attacher.v1.Image
 	19, // 2: thaw.attacher.v1.ListImagesResponse.images:type_name -> thaw.attacher.v1.Image
 	32, // 3: thaw.attacher.v1.CheckStoreResponse.problems:type_name -> thaw.attacher.v1.Problem
-	1,  // 4: thaw.attacher.v1.Attacher.CreateLvol:input_type -> thaw.attacher.v1.CreateLvolRequest
-	2,  // 5: thaw.attacher.v1.Attacher.CloneLvol:input_type -> thaw.attacher.v1.CloneLvolRequest
-	3,  // 6: thaw.attacher.v1.Attacher.SnapshotLvol:input_type -> thaw.attacher.v1.SnapshotLvolRequest
-	4,  // 7: thaw.attacher.v1.Attacher.GetLvol:input_type -> thaw.attacher.v1.GetLvolRequest
-	5,  // 8: thaw.attacher.v1.Attacher.ListLvols:input_type -> thaw.attacher.v1.ListLvolsRequest
-	7,  // 9: thaw.attacher.v1.Attacher.DeleteLvol:input_type -> thaw.attacher.v1.DeleteLvolRequest
-	9,  // 10: thaw.attacher.v1.Attacher.RenameLvol:input_type -> thaw.attacher.v1.RenameLvolRequest
-	10, // 11: thaw.attacher.v1.Attacher.ResizeLvol:input_type -> thaw.attacher.v1.ResizeLvolRequest
-	11, // 12: thaw.attacher.v1.Attacher.InflateLvol:input_type -> thaw.attacher.v1.InflateLvolRequest
-	12, // 13: thaw.attacher.v1.Attacher.DecoupleLvol:input_type -> thaw.attacher.v1.DecoupleLvolRequest
-	13, // 14: thaw.attacher.v1.Attacher.Hold:input_type -> thaw.attacher.v1.HoldRequest
-	15, // 15: thaw.attacher.v1.Attacher.Export:input_type -> thaw.attacher.v1.ExportRequest
-	17, // 16: thaw.attacher.v1.Attacher.Unexport:input_type -> thaw.attacher.v1.UnexportRequest
-	20, // 17: thaw.attacher.v1.Attacher.PutImage:input_type -> thaw.attacher.v1.PutImageRequest
-	21, // 18: thaw.attacher.v1.Attacher.GetImage:input_type -> thaw.attacher.v1.GetImageRequest
-	22, // 19: thaw.attacher.v1.Attacher.ListImages:input_type -> thaw.attacher.v1.ListImagesRequest
-	24, // 20: thaw.attacher.v1.Attacher.DeleteImage:input_type -> thaw.attacher.v1.DeleteImageRequest
-	26, // 21: thaw.attacher.v1.Attacher.PruneBlocks:input_type -> thaw.attacher.v1.PruneBlocksRequest
-	28, // 22: thaw.attacher.v1.Attacher.GetStore:input_type -> thaw.attacher.v1.GetStoreRequest
-	30, // 23: thaw.attacher.v1.Attacher.CheckStore:input_type -> thaw.attacher.v1.CheckStoreRequest
-	0,  // 24: thaw.attacher.v1.Attacher.CreateLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 25: thaw.attacher.v1.Attacher.CloneLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 26: thaw.attacher.v1.Attacher.SnapshotLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 27: thaw.attacher.v1.Attacher.GetLvol:output_type -> thaw.attacher.v1.Lvol
-	6,  // 28: thaw.attacher.v1.Attacher.ListLvols:output_type -> thaw.attacher.v1.ListLvolsResponse
-	8,  // 29: thaw.attacher.v1.Attacher.DeleteLvol:output_type -> thaw.attacher.v1.DeleteLvolResponse
-	0,  // 30: thaw.attacher.v1.Attacher.RenameLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 31: thaw.attacher.v1.Attacher.ResizeLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 32: thaw.attacher.v1.Attacher.InflateLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 33: thaw.attacher.v1.Attacher.DecoupleLvol:output_type -> thaw.attacher.v1.Lvol
-	14, // 34: thaw.attacher.v1.Attacher.Hold:output_type -> thaw.attacher.v1.HoldResponse
-	16, // 35: thaw.attacher.v1.Attacher.Export:output_type -> thaw.attacher.v1.ExportResponse
-	18, // 36: thaw.attacher.v1.Attacher.Unexport:output_type -> thaw.attacher.v1.UnexportResponse
-	19, // 37: thaw.attacher.v1.Attacher.PutImage:output_type -> thaw.attacher.v1.Image
-	19, // 38: thaw.attacher.v1.Attacher.GetImage:output_type -> thaw.attacher.v1.Image
-	23, // 39: thaw.attacher.v1.Attacher.ListImages:output_type -> thaw.attacher.v1.ListImagesResponse
-	25, // 40: thaw.attacher.v1.Attacher.DeleteImage:output_type -> thaw.attacher.v1.DeleteImageResponse
-	27, // 41: thaw.attacher.v1.Attacher.PruneBlocks:output_type -> thaw.attacher.v1.PruneBlocksResponse
-	29, // 42: thaw.attacher.v1.Attacher.GetStore:output_type -> thaw.attacher.v1.Store
-	31, // 43: thaw.attacher.v1.Attacher.CheckStore:output_type -> thaw.attacher.v1.CheckStoreResponse
-	24, // [24:44] is the sub-list for method output_type
-	4,  // [4:24] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	34, // 4: thaw.attacher.v1.Attachment.portals:type_name -> thaw.attacher.v1.Portal
+	35, // 5: thaw.attacher.v1.ListAttachmentsResponse.attachments:type_name -> thaw.attacher.v1.Attachment
+	1,  // 6: thaw.attacher.v1.Attacher.CreateLvol:input_type -> thaw.attacher.v1.CreateLvolRequest
+	2,  // 7: thaw.attacher.v1.Attacher.CloneLvol:input_type -> thaw.attacher.v1.CloneLvolRequest
+	3,  // 8: thaw.attacher.v1.Attacher.SnapshotLvol:input_type -> thaw.attacher.v1.SnapshotLvolRequest
+	4,  // 9: thaw.attacher.v1.Attacher.GetLvol:input_type -> thaw.attacher.v1.GetLvolRequest
+	5,  // 10: thaw.attacher.v1.Attacher.ListLvols:input_type -> thaw.attacher.v1.ListLvolsRequest
+	7,  // 11: thaw.attacher.v1.Attacher.DeleteLvol:input_type -> thaw.attacher.v1.DeleteLvolRequest
+	9,  // 12: thaw.attacher.v1.Attacher.RenameLvol:input_type -> thaw.attacher.v1.RenameLvolRequest
+	10, // 13: thaw.attacher.v1.Attacher.ResizeLvol:input_type -> thaw.attacher.v1.ResizeLvolRequest
+	11, // 14: thaw.attacher.v1.Attacher.InflateLvol:input_type -> thaw.attacher.v1.InflateLvolRequest
+	12, // 15: thaw.attacher.v1.Attacher.DecoupleLvol:input_type -> thaw.attacher.v1.DecoupleLvolRequest
+	13, // 16: thaw.attacher.v1.Attacher.Hold:input_type -> thaw.attacher.v1.HoldRequest
+	15, // 17: thaw.attacher.v1.Attacher.Export:input_type -> thaw.attacher.v1.ExportRequest
+	17, // 18: thaw.attacher.v1.Attacher.Unexport:input_type -> thaw.attacher.v1.UnexportRequest
+	20, // 19: thaw.attacher.v1.Attacher.PutImage:input_type -> thaw.attacher.v1.PutImageRequest
+	21, // 20: thaw.attacher.v1.Attacher.GetImage:input_type -> thaw.attacher.v1.GetImageRequest
+	22, // 21: thaw.attacher.v1.Attacher.ListImages:input_type -> thaw.attacher.v1.ListImagesRequest
+	24, // 22: thaw.attacher.v1.Attacher.DeleteImage:input_type -> thaw.attacher.v1.DeleteImageRequest
+	26, // 23: thaw.attacher.v1.Attacher.PruneBlocks:input_type -> thaw.attacher.v1.PruneBlocksRequest
+	28, // 24: thaw.attacher.v1.Attacher.GetStore:input_type -> thaw.attacher.v1.GetStoreRequest
+	30, // 25: thaw.attacher.v1.Attacher.CheckStore:input_type -> thaw.attacher.v1.CheckStoreRequest
+	33, // 26: thaw.attacher.v1.Node.AttachBlock:input_type -> thaw.attacher.v1.AttachBlockRequest
+	36, // 27: thaw.attacher.v1.Node.DetachBlock:input_type -> thaw.attacher.v1.DetachBlockRequest
+	38, // 28: thaw.attacher.v1.Node.ListAttachments:input_type -> thaw.attacher.v1.ListAttachmentsRequest
+	0,  // 29: thaw.attacher.v1.Attacher.CreateLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 30: thaw.attacher.v1.Attacher.CloneLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 31: thaw.attacher.v1.Attacher.SnapshotLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 32: thaw.attacher.v1.Attacher.GetLvol:output_type -> thaw.attacher.v1.Lvol
+	6,  // 33: thaw.attacher.v1.Attacher.ListLvols:output_type -> thaw.attacher.v1.ListLvolsResponse
+	8,  // 34: thaw.attacher.v1.Attacher.DeleteLvol:output_type -> thaw.attacher.v1.DeleteLvolResponse
+	0,  // 35: thaw.attacher.v1.Attacher.RenameLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 36: thaw.attacher.v1.Attacher.ResizeLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 37: thaw.attacher.v1.Attacher.InflateLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 38: thaw.attacher.v1.Attacher.DecoupleLvol:output_type -> thaw.attacher.v1.Lvol
+	14, // 39: thaw.attacher.v1.Attacher.Hold:output_type -> thaw.attacher.v1.HoldResponse
+	16, // 40: thaw.attacher.v1.Attacher.Export:output_type -> thaw.attacher.v1.ExportResponse
+	18, // 41: thaw.attacher.v1.Attacher.Unexport:output_type -> thaw.attacher.v1.UnexportResponse
+	19, // 42: thaw.attacher.v1.Attacher.PutImage:output_type -> thaw.attacher.v1.Image
+	19, // 43: thaw.attacher.v1.Attacher.GetImage:output_type -> thaw.attacher.v1.Image
+	23, // 44: thaw.attacher.v1.Attacher.ListImages:output_type -> thaw.attacher.v1.ListImagesResponse
+	25, // 45: thaw.attacher.v1.Attacher.DeleteImage:output_type -> thaw.attacher.v1.DeleteImageResponse
+	27, // 46: thaw.attacher.v1.Attacher.PruneBlocks:output_type -> thaw.attacher.v1.PruneBlocksResponse
+	29, // 47: thaw.attacher.v1.Attacher.GetStore:output_type -> thaw.attacher.v1.Store
+	31, // 48: thaw.attacher.v1.Attacher.CheckStore:output_type -> thaw.attacher.v1.CheckStoreResponse
+	35, // 49: thaw.attacher.v1.Node.AttachBlock:output_type -> thaw.attacher.v1.Attachment
+	37, // 50: thaw.attacher.v1.Node.DetachBlock:output_type -> thaw.attacher.v1.DetachBlockResponse
+	39, // 51: thaw.attacher.v1.Node.ListAttachments:output_type -> thaw.attacher.v1.ListAttachmentsResponse
+	29, // [29:52] is the sub-list for method output_type
+	6,  // [6:29] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_attacher_v1_attacher_proto_init() }
@@ -2072,9 +2543,9 @@ func file_attacher_v1_attacher_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_attacher_v1_attacher_proto_rawDesc), len(file_attacher_v1_attacher_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   33,
+			NumMessages:   40,
 			NumExtensions: 0,
-			NumServices:   1,
+			NumServices:   2,
 		},
 		GoTypes:           file_attacher_v1_attacher_proto_goTypes,
 		DependencyIndexes: file_attacher_v1_attacher_proto_depIdxs,

@@ -882,3 +882,197 @@ var Attacher_ServiceDesc = grpc.ServiceDesc{
 	},
 	Metadata: "attacher/v1/attacher.proto",
 }
+
+const (
+	Node_AttachBlock_FullMethodName     = "/thaw.attacher.v1.Node/AttachBlock"
+	Node_DetachBlock_FullMethodName     = "/thaw.attacher.v1.Node/DetachBlock"
+	Node_ListAttachments_FullMethodName = "/thaw.attacher.v1.Node/ListAttachments"
+)
+
+// NodeClient is the client API for Node service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Node is what machines that run containers need of the storage side, and all of it
+// that is served on the network. The caller's certificate says which node it is: it
+// sees and changes its own attachments only. On the Unix socket the request says which.
+type NodeClient interface {
+	// AttachBlock lets the node read a complete block of a converted image from the
+	// network. NOT_FOUND when there is no such block.
+	AttachBlock(ctx context.Context, in *AttachBlockRequest, opts ...grpc.CallOption) (*Attachment, error)
+	// DetachBlock ends that; the block may then be deleted. An attachment that does not
+	// exist is no error.
+	DetachBlock(ctx context.Context, in *DetachBlockRequest, opts ...grpc.CallOption) (*DetachBlockResponse, error)
+	ListAttachments(ctx context.Context, in *ListAttachmentsRequest, opts ...grpc.CallOption) (*ListAttachmentsResponse, error)
+}
+
+type nodeClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewNodeClient(cc grpc.ClientConnInterface) NodeClient {
+	return &nodeClient{cc}
+}
+
+func (c *nodeClient) AttachBlock(ctx context.Context, in *AttachBlockRequest, opts ...grpc.CallOption) (*Attachment, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Attachment)
+	err := c.cc.Invoke(ctx, Node_AttachBlock_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) DetachBlock(ctx context.Context, in *DetachBlockRequest, opts ...grpc.CallOption) (*DetachBlockResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DetachBlockResponse)
+	err := c.cc.Invoke(ctx, Node_DetachBlock_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) ListAttachments(ctx context.Context, in *ListAttachmentsRequest, opts ...grpc.CallOption) (*ListAttachmentsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAttachmentsResponse)
+	err := c.cc.Invoke(ctx, Node_ListAttachments_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// NodeServer is the server API for Node service.
+// All implementations must embed UnimplementedNodeServer
+// for forward compatibility.
+//
+// Node is what machines that run containers need of the storage side, and all of it
+// that is served on the network. The caller's certificate says which node it is: it
+// sees and changes its own attachments only. On the Unix socket the request says which.
+type NodeServer interface {
+	// AttachBlock lets the node read a complete block of a converted image from the
+	// network. NOT_FOUND when there is no such block.
+	AttachBlock(context.Context, *AttachBlockRequest) (*Attachment, error)
+	// DetachBlock ends that; the block may then be deleted. An attachment that does not
+	// exist is no error.
+	DetachBlock(context.Context, *DetachBlockRequest) (*DetachBlockResponse, error)
+	ListAttachments(context.Context, *ListAttachmentsRequest) (*ListAttachmentsResponse, error)
+	mustEmbedUnimplementedNodeServer()
+}
+
+// UnimplementedNodeServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedNodeServer struct{}
+
+func (UnimplementedNodeServer) AttachBlock(context.Context, *AttachBlockRequest) (*Attachment, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method AttachBlock not implemented")
+}
+func (UnimplementedNodeServer) DetachBlock(context.Context, *DetachBlockRequest) (*DetachBlockResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method DetachBlock not implemented")
+}
+func (UnimplementedNodeServer) ListAttachments(context.Context, *ListAttachmentsRequest) (*ListAttachmentsResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method ListAttachments not implemented")
+}
+func (UnimplementedNodeServer) mustEmbedUnimplementedNodeServer() {}
+func (UnimplementedNodeServer) testEmbeddedByValue()              {}
+
+// UnsafeNodeServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to NodeServer will
+// result in compilation errors.
+type UnsafeNodeServer interface {
+	mustEmbedUnimplementedNodeServer()
+}
+
+func RegisterNodeServer(s grpc.ServiceRegistrar, srv NodeServer) {
+	// If the following call pancis, it indicates UnimplementedNodeServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Node_ServiceDesc, srv)
+}
+
+func _Node_AttachBlock_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AttachBlockRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).AttachBlock(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_AttachBlock_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).AttachBlock(ctx, req.(*AttachBlockRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Node_DetachBlock_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DetachBlockRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).DetachBlock(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_DetachBlock_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).DetachBlock(ctx, req.(*DetachBlockRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Node_ListAttachments_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAttachmentsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).ListAttachments(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_ListAttachments_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).ListAttachments(ctx, req.(*ListAttachmentsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Node_ServiceDesc is the grpc.ServiceDesc for Node service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Node_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "thaw.attacher.v1.Node",
+	HandlerType: (*NodeServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "AttachBlock",
+			Handler:    _Node_AttachBlock_Handler,
+		},
+		{
+			MethodName: "DetachBlock",
+			Handler:    _Node_DetachBlock_Handler,
+		},
+		{
+			MethodName: "ListAttachments",
+			Handler:    _Node_ListAttachments_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "attacher/v1/attacher.proto",
+}
