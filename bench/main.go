@@ -29,17 +29,30 @@ import (
 )
 
 func main() {
+	// What measures I/O over connections runs itself as server and as client.
+	if len(os.Args) > 1 && (os.Args[1] == "serve" || os.Args[1] == "load") {
+		run := serve
+		if os.Args[1] == "load" {
+			run = load
+		}
+		if err := run(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "bench "+os.Args[1]+":", err)
+			os.Exit(1)
+		}
+		return
+	}
 	var o options
 	var match string
 	flag.StringVar(&match, "run", "", "measure only rows whose name matches this regular expression, and the floors they are compared with")
 	flag.IntVar(&o.rounds, "n", 0, "runs of each row (default: each comparison's own number)")
 	flag.StringVar(&o.json, "json", "out/bench.json", "file for the figures")
 	flag.StringVar(&o.cache, "cache", "out/cache", "folder for built image layers")
+	flag.StringVar(&o.profiles, "profile", "", "folder for CPU profiles of every server and client of ours in the io-* rows")
 	flag.BoolVar(&o.list, "list", false, "print the names of the rows and exit")
 	flag.Parse()
 	var err error
 	if o.match, err = regexp.Compile(match); err != nil || flag.NArg() > 0 || o.rounds < 0 {
-		fmt.Fprintln(os.Stderr, "bench: usage: bench [-run REGEXP] [-n RUNS] [-json FILE] [-cache DIR] [-list]", err)
+		fmt.Fprintln(os.Stderr, "bench: usage: bench [-run REGEXP] [-n RUNS] [-json FILE] [-cache DIR] [-profile DIR] [-list]", err)
 		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -56,6 +69,8 @@ type options struct {
 	json   string
 	cache  string
 	list   bool
+
+	profiles string // folder, "" for none
 }
 
 func run(ctx context.Context, o options) (err error) {
@@ -80,7 +95,7 @@ func run(ctx context.Context, o options) (err error) {
 	if b.lab, err = lab.New(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, b.pool.value.close(), b.lab.Close()) }()
+	defer func() { err = errors.Join(err, b.pool.value.close(), b.net.value.close(), b.lab.Close()) }()
 
 	fmt.Println(machine())
 	var rows []Row
@@ -133,6 +148,7 @@ type bench struct {
 	source   fixture[string]
 	data     fixture[*dataImage]
 	pool     fixture[*poolIO]
+	net      fixture[*netIO]
 
 	number int // of containers and folders made so far
 }
@@ -189,6 +205,7 @@ var variants = []variant{{"overlayfs", "erofs"}, {"overlayfs", "ext4"}, {"overla
 
 func (b *bench) comparisons() []comparison {
 	all := []comparison{b.conversion()}
+	all = append(all, b.networked()...)
 	all = append(all, b.lvols()...)
 	all = append(all, b.filesystems()...)
 	return append(all, b.warmStart(), b.coldStart())

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"path/filepath"
 	"sync"
@@ -215,12 +216,20 @@ func (b *bench) poolIO() (*poolIO, error) {
 }
 
 func fill(disk blockIO) error {
+	if err := fillBytes(disk, ioBytes); err != nil {
+		return err
+	}
+	return disk.Flush()
+}
+
+// fillBytes writes random bytes.
+func fillBytes(disk io.WriterAt, sizeBytes int64) error {
 	random := rand.NewChaCha8([32]byte{1})
 	// A cluster of the pool at a time: how large the pieces of a file were written
 	// decides how large the folios are in which the kernel caches it, and that how
 	// fast small writes are.
 	buf := make([]byte, lvol.DefaultClusterBytes)
-	for off := int64(0); off < ioBytes; off += int64(len(buf)) {
+	for off := int64(0); off < sizeBytes; off += int64(len(buf)) {
 		if _, err := random.Read(buf); err != nil {
 			return err
 		}
@@ -228,7 +237,7 @@ func fill(disk blockIO) error {
 			return err
 		}
 	}
-	return disk.Flush()
+	return nil
 }
 
 // clone makes a new clone of the snapshot, which shares all of its clusters until it

@@ -37,6 +37,7 @@ type conn struct {
 	slots int       // made so far
 	vec   [1][]byte // for sending the arena
 
+	ready    chan struct{} // tells the writer of the pool's replies; nil without a pool
 	free     chan *slot
 	inflight atomic.Int32 // slots in use
 	workers  sync.WaitGroup
@@ -68,6 +69,9 @@ func newConn(s *Server, h *handshake) *conn {
 		h.conn.SetDeadline(time.Time{})
 		c.stream = &plain{conn: h.conn}
 	}
+	if s.pool != nil {
+		c.ready = make(chan struct{}, 1)
+	}
 	c.box.c = c
 	c.box.cond.L = &c.box.mu
 	return c
@@ -82,6 +86,10 @@ func (c *conn) drain() {
 // run serves the connection, which the caller closes. It returns an error when the peer broke the
 // protocol or stalled, not when it left.
 func (c *conn) run() error {
+	var writer sync.WaitGroup
+	if c.ready != nil {
+		writer.Go(c.sendReplies)
+	}
 	err := c.receive()
 	if err == nil {
 		err = c.flush()
@@ -90,6 +98,10 @@ func (c *conn) run() error {
 		c.stream.abort()
 	}
 	c.workers.Wait()
+	if c.ready != nil {
+		close(c.ready)
+		writer.Wait()
+	}
 	c.release()
 	if e := c.box.failure(); e != nil {
 		err = e // the cause of all others
@@ -99,6 +111,14 @@ func (c *conn) run() error {
 		return nil
 	}
 	return err
+}
+
+// sendReplies sends what the pool's workers replied, all that there is at a time.
+func (c *conn) sendReplies() {
+	for range c.ready {
+		c.box.lock()
+		c.box.unlock() // which sends; the reader finds why it failed
+	}
 }
 
 // errLeft says that the peer closed the connection.
@@ -301,7 +321,7 @@ func (c *conn) handle(req *nbd.Request) error {
 	}
 	// What goes through all its bytes takes long when it has many.
 	long := req.Length > chunkBytes && (req.Type == nbd.CmdCache || req.Flags&nbd.CmdFlagNoHole != 0)
-	if long || cost.slow() {
+	if long || c.handOff(cost) {
 		return c.dispatch(req, nil)
 	}
 	start := time.Now()
@@ -315,7 +335,7 @@ func (c *conn) handleRead(req *nbd.Request, cost *cost) error {
 	if n > chunkBytes {
 		return c.streamRead(req)
 	}
-	slow := cost.slow()
+	slow := c.handOff(cost)
 	if n <= arenaBytes && !slow {
 		room, err := c.room(n + c.readRoom(req))
 		if err != nil {
@@ -350,7 +370,7 @@ func (c *conn) handleRead(req *nbd.Request, cost *cost) error {
 
 func (c *conn) handleWrite(req *nbd.Request, cost *cost) error {
 	n := int(req.Length)
-	slow := cost.slow()
+	slow := c.handOff(cost)
 	if n <= arenaBytes && !slow {
 		if c.w-c.r < n {
 			if err := c.fill(n, true); err != nil {
@@ -496,9 +516,16 @@ func (c *conn) dispatch(req *nbd.Request, data *buffer) error {
 	s.req, s.data = *req, data
 	c.inflight.Add(1)
 	c.workers.Add(1)
-	go s.run()
+	if c.s.pool != nil {
+		c.s.pool.Submit(s)
+	} else {
+		go s.run()
+	}
 	return nil
 }
+
+// Run serves the request on a worker of the pool.
+func (s *slot) Run() { s.serve() }
 
 func (s *slot) serve() {
 	c, req := s.c, &s.req
@@ -604,6 +631,14 @@ func (o *outbox) done(b *buffer) {
 func (o *outbox) post(b *buffer) {
 	o.mu.Lock()
 	o.queue = append(o.queue, b)
+	if o.c.ready != nil {
+		o.mu.Unlock()
+		select {
+		case o.c.ready <- struct{}{}:
+		default: // the writer will look anyway
+		}
+		return
+	}
 	if o.sending {
 		o.mu.Unlock()
 		return
@@ -639,6 +674,10 @@ func (c *conn) cost(req *nbd.Request) *cost {
 }
 
 func (c *cost) slow() bool { return c.ns.Load() > slowNS }
+
+// handOff tells whether a request goes to another goroutine: because it will take
+// long, or because the pool serves all.
+func (c *conn) handOff(k *cost) bool { return c.s.pool != nil || k.slow() }
 
 // add counts a sample with a weight of one eighth. A lost update between two
 // goroutines does no harm.

@@ -23,6 +23,7 @@ import (
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/nbd"
 	"github.com/thaw-project/thaw/target/bdev"
+	"github.com/thaw-project/thaw/target/engine"
 )
 
 // Mapper is what a device offers beside bdev.Device when it knows where it holds data.
@@ -80,6 +81,8 @@ type Config struct {
 	// that. RequireTLS refuses everything before.
 	TLS        func(net.Conn) (net.Conn, error)
 	RequireTLS bool
+	// Engine says where requests run: engine.SharedNothing.
+	Engine engine.Kind
 	// Log gets one line per connection at debug level, and per protocol violation.
 	// Nil discards.
 	Log *slog.Logger
@@ -121,6 +124,8 @@ type Server struct {
 	log    *slog.Logger
 	budget budget
 	wg     sync.WaitGroup // connections and Serve calls started by Listen
+	pool   *engine.Pool   // nil unless that is the engine
+	ending sync.Once      // closes pool
 
 	mu        sync.Mutex
 	exports   map[string]*export
@@ -151,7 +156,7 @@ func New(cfg Config) *Server {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{
+	s := &Server{
 		cfg:       cfg,
 		log:       cfg.Log,
 		budget:    budget{limit: cfg.MaxBufferBytes},
@@ -160,6 +165,10 @@ func New(cfg Config) *Server {
 		conns:     map[*conn]struct{}{},
 		shakes:    map[net.Conn]struct{}{},
 	}
+	if cfg.Engine == engine.ThreadPool {
+		s.pool = engine.NewPool()
+	}
+	return s
 }
 
 // Stats returns the server's counters, which go on counting.
@@ -380,12 +389,28 @@ func (s *Server) accept(l net.Listener) {
 
 // Handle serves a connection in the background and closes it.
 func (s *Server) Handle(c net.Conn) {
+	if s.admit(c) {
+		go s.attend(c)
+	}
+}
+
+// ServeConn serves a connection, closes it, and returns when nothing uses the device
+// on its behalf any more: who hands a peer another connection in place of this one
+// then knows that no request of the old one is still to take effect.
+func (s *Server) ServeConn(c net.Conn) {
+	if s.admit(c) {
+		s.attend(c)
+	}
+}
+
+// admit counts a new connection, or closes it.
+func (s *Server) admit(c net.Conn) bool {
 	s.mu.Lock()
 	if s.closed || s.pending >= s.cfg.MaxConnections {
 		s.mu.Unlock()
 		s.stats.Refused.Add(1)
 		c.Close()
-		return
+		return false
 	}
 	c.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout))
 	s.pending++
@@ -393,13 +418,16 @@ func (s *Server) Handle(c net.Conn) {
 	s.wg.Add(1)
 	s.mu.Unlock()
 	s.stats.Accepted.Add(1)
-	go func() {
-		defer s.wg.Done()
-		s.serve(c)
-		s.mu.Lock()
-		s.pending--
-		s.mu.Unlock()
-	}()
+	return true
+}
+
+// attend serves an admitted connection.
+func (s *Server) attend(c net.Conn) {
+	defer s.wg.Done()
+	s.serve(c)
+	s.mu.Lock()
+	s.pending--
+	s.mu.Unlock()
 }
 
 // serve takes a connection through handshake and transmission.
@@ -467,6 +495,9 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	done := make(chan struct{})
 	go func() {
 		s.wg.Wait()
+		if s.pool != nil {
+			s.ending.Do(s.pool.Close)
+		}
 		close(done)
 	}()
 	select {

@@ -71,6 +71,7 @@ type conn struct {
 	iovs     [][]byte
 
 	wg       sync.WaitGroup // workers and flushers
+	done     chan struct{}  // tells the writer of the pool's answers; nil without a pool
 	mu       sync.Mutex
 	freed    sync.Cond  // read budget came back
 	slots    []*request // guarded by mu, as are all below
@@ -87,6 +88,9 @@ func newConn(t *Target, l *listener, nc net.Conn) *conn {
 	c := &conn{t: t, ln: l, nc: nc, raw: nc, rbuf: make([]byte, ReceiveBytes), uses: map[uint32]*use{}, born: t.now.Load(), inCap: AdminCapsule,
 		readMem: t.o.MemoryPerConn / 2, writeMem: t.o.MemoryPerConn / 2, align: 4}
 	c.drained.L, c.freed.L = &c.wmu, &c.mu
+	if t.pool != nil {
+		c.done = make(chan struct{}, 1)
+	}
 	return c
 }
 
@@ -135,6 +139,10 @@ func (c *conn) check(now int64) {
 func (c *conn) clock() int64 { return max(c.t.now.Load(), 1) }
 
 func (c *conn) run() {
+	var writer sync.WaitGroup
+	if c.done != nil {
+		writer.Go(c.write)
+	}
 	err := c.serve()
 	var p *nvme.PDUError
 	if errors.As(err, &p) && !c.closed.Load() {
@@ -146,12 +154,19 @@ func (c *conn) run() {
 	}
 	level("connection ended", "peer", c.raw.RemoteAddr(), "queue", c.qid, "err", err)
 	c.close("reader ended")
-	c.cleanup()
+	c.cleanup(&writer)
+}
+
+// write sends what the pool's workers answered, all that there is at a time.
+func (c *conn) write() {
+	for range c.done {
+		c.flush()
+	}
 }
 
 // cleanup runs when the reader has ended: it waits for commands that still use
 // devices and gives everything back.
-func (c *conn) cleanup() {
+func (c *conn) cleanup(writer *sync.WaitGroup) {
 	c.mu.Lock()
 	c.queue, c.waiting = nil, nil
 	c.mu.Unlock()
@@ -159,6 +174,10 @@ func (c *conn) cleanup() {
 	c.ended = true
 	c.wmu.Unlock()
 	c.wg.Wait()
+	if c.done != nil {
+		close(c.done)
+		writer.Wait()
+	}
 	c.mu.Lock()
 	for _, r := range c.slots {
 		c.t.pools.put(r.buf)

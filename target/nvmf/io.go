@@ -126,6 +126,9 @@ func checkSGL(cmd *nvme.Command, l nvme.Layout, length int, toHost bool) nvme.St
 	return nvme.Success
 }
 
+// inline tells whether the reader carries commands out itself.
+func (c *conn) inline(n *nvmeNamespace) bool { return n.Inline && c.t.pool == nil }
+
 // ioCommand handles a command of an I/O queue.
 func (c *conn) ioCommand(cmd *nvme.Command, l nvme.Layout) error {
 	u, off, length, s := c.plan(cmd)
@@ -137,7 +140,7 @@ func (c *conn) ioCommand(cmd *nvme.Command, l nvme.Layout) error {
 		if s := checkSGL(cmd, l, length, true); s != nvme.Success {
 			return c.refuse(cmd, l, s)
 		}
-		if u.ns.Inline {
+		if c.inline(u.ns) {
 			return c.readInline(cmd, u, off, length)
 		}
 		r, err := c.request(cmd, u, off, length)
@@ -153,7 +156,7 @@ func (c *conn) ioCommand(cmd *nvme.Command, l nvme.Layout) error {
 		if l.Length != 0 {
 			return c.refuse(cmd, l, nvme.InvalidField|nvme.DNR)
 		}
-		if u.ns.Inline {
+		if c.inline(u.ns) {
 			c.answer(cmd, c.execute(cmd, u, off, length, nil))
 			return nil
 		}
@@ -175,7 +178,7 @@ func (c *conn) ioCommand(cmd *nvme.Command, l nvme.Layout) error {
 		c.awaitData(r)
 		return nil
 	}
-	if u.ns.Inline {
+	if c.inline(u.ns) {
 		return c.writeInline(cmd, u, off, l)
 	}
 	r, err := c.request(cmd, u, off, length)
@@ -459,6 +462,13 @@ func (c *conn) start(r *request) {
 		c.mu.Unlock()
 		return
 	}
+	if c.t.pool != nil {
+		r.state = stateRunning
+		c.wg.Add(1)
+		c.mu.Unlock()
+		c.t.pool.Submit(r)
+		return
+	}
 	if c.workers >= maxWorkers {
 		r.state = stateQueued
 		c.queue = append(c.queue, r)
@@ -470,6 +480,17 @@ func (c *conn) start(r *request) {
 	c.wg.Add(1)
 	c.mu.Unlock()
 	go r.run()
+}
+
+// Run carries r out on a worker of the pool and leaves the answer to the writer.
+func (r *request) Run() {
+	c := r.c
+	defer c.wg.Done()
+	r.serve()
+	select {
+	case c.done <- struct{}{}:
+	default: // it will look anyway
+	}
 }
 
 // work runs r and then what is queued.
@@ -661,7 +682,7 @@ func (c *conn) h2cData(h *nvme.Common, b []byte, l nvme.Layout) error {
 	switch {
 	case !done:
 		c.flush()
-	case r.use.ns.Inline:
+	case c.inline(r.use.ns):
 		r.serve()
 		c.flush()
 	default:

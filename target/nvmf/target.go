@@ -18,6 +18,7 @@ import (
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/nvme"
 	"github.com/thaw-project/thaw/target/bdev"
+	"github.com/thaw-project/thaw/target/engine"
 )
 
 // Limits that no option changes.
@@ -63,6 +64,7 @@ type Options struct {
 	WriteTimeout   time.Duration // for the peer to take what is sent; default 30 s
 	Tick           time.Duration // how often timeouts are looked at; default 250 ms
 	NoDigests      bool          // refuse header and data digests
+	Engine         engine.Kind   // where commands run; default engine.SharedNothing
 	Log            *slog.Logger  // default: none
 }
 
@@ -104,7 +106,7 @@ func (o *Options) fill() error {
 	case o.MaxH2CData < nvme.MinH2CData || o.MaxH2CData%4 != 0 || o.R2TBytes < 512 || o.R2TBytes%4 != 0:
 		return kind.Errorf(kind.Invalid, "H2CData of %d and R2T of %d bytes", o.MaxH2CData, o.R2TBytes)
 	}
-	return nil
+	return o.Engine.Validate()
 }
 
 // Target is a set of subsystems and the listeners that lead to them. All methods may
@@ -117,6 +119,7 @@ type Target struct {
 	wg    sync.WaitGroup // listeners, connections, janitor
 	quit  chan struct{}
 	ops   chan struct{} // one for each command on a device
+	pool  *engine.Pool  // nil unless that is the engine
 
 	mu         sync.Mutex
 	closed     bool                  // guarded by mu, as are all below
@@ -138,6 +141,9 @@ func New(o Options) (*Target, error) {
 	t := &Target{o: o, start: time.Now(), quit: make(chan struct{}), ops: make(chan struct{}, deviceOps), subsystems: map[string]*subsystem{},
 		listeners: map[string]*listener{}, conns: map[*conn]struct{}{}, generation: 1}
 	t.pools.init(o.MaxTransfer)
+	if o.Engine == engine.ThreadPool {
+		t.pool = engine.NewPool()
+	}
 	t.discovery = newSubsystem(t, SubsystemConfig{NQN: nvme.DiscoveryNQN, AllowAnyHost: true, Model: "Thaw discovery"})
 	t.discovery.discovery = true
 	t.wg.Add(1)
@@ -163,6 +169,9 @@ func (t *Target) Close() error {
 	}
 	t.mu.Unlock()
 	t.wg.Wait()
+	if t.pool != nil {
+		t.pool.Close()
+	}
 	return nil
 }
 

@@ -1,0 +1,267 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"runtime/metrics"
+	"runtime/pprof"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/lvol"
+	"github.com/thaw-project/thaw/qcow2"
+	"github.com/thaw-project/thaw/target/bdev"
+	"github.com/thaw-project/thaw/target/engine"
+	"github.com/thaw-project/thaw/target/nbd"
+	"github.com/thaw-project/thaw/target/nvmf"
+)
+
+// benchNQN is the subsystem that a measured target serves.
+const benchNQN = "nqn.2014-08.org.example:bench"
+
+// serverStats is what a server process answers for every line it reads.
+type serverStats struct {
+	Allocations uint64 // objects allocated since its start
+}
+
+// serve is the program "bench serve": one of our targets with one device, in a
+// process of its own. It prints where it listens, answers each line of its standard
+// input with its stats, and ends with it.
+func serve(args []string) (err error) {
+	f := flag.NewFlagSet("serve", flag.ContinueOnError)
+	protocol := f.String("protocol", "nvmf", "nvmf or nbd")
+	engineName := f.String("engine", "", "shared-nothing or thread-pool")
+	device := f.String("device", "", "file:PATH, memory:BYTES, qcow2:PATH:BASE or lvol:DIR:NAME")
+	socket := f.String("socket", "", "Unix socket of nbd")
+	profile := f.String("profile", "", "file for a CPU profile")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	e, err := engine.Parse(*engineName)
+	if err != nil {
+		return err
+	}
+	dev, done, err := openDevice(*device)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, done()) }()
+	stop, err := profileTo(*profile)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
+	var address string
+	switch *protocol {
+	case "nvmf":
+		t, err := nvmf.New(nvmf.Options{Engine: e})
+		if err != nil {
+			return err
+		}
+		defer t.Close()
+		if err := t.CreateSubsystem(nvmf.SubsystemConfig{NQN: benchNQN, AllowAnyHost: true}); err != nil {
+			return err
+		}
+		if _, err := t.AddNvmeNamespace(benchNQN, nvmf.NvmeNamespaceConfig{Device: dev, BlockBytes: 4096, Inline: true}); err != nil {
+			return err
+		}
+		if address, err = t.AddListener(benchNQN, nvmf.ListenerConfig{Address: "127.0.0.1:0"}); err != nil {
+			return err
+		}
+	case "nbd":
+		s := nbd.New(nbd.Config{Engine: e})
+		ctx, cancel := contextTimeout()
+		defer cancel()
+		defer s.Shutdown(ctx)
+		if err := s.AddExport(nbd.Export{Name: "", Device: dev}); err != nil {
+			return err
+		}
+		if err := s.ListenUnix(*socket); err != nil {
+			return err
+		}
+		address = *socket
+	default:
+		return fmt.Errorf("protocol %q", *protocol)
+	}
+	fmt.Println(address)
+	sample := []metrics.Sample{{Name: "/gc/heap/allocs:objects"}}
+	out := json.NewEncoder(os.Stdout)
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		metrics.Read(sample)
+		if err := out.Encode(serverStats{Allocations: sample[0].Value.Uint64()}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// profileTo writes a CPU profile to a file until stop is called; an empty path is none.
+func profileTo(path string) (stop func() error, err error) {
+	if path == "" {
+		return func() error { return nil }, nil
+	}
+	f, err := os.Create(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := pprof.StartCPUProfile(f); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return func() error {
+		pprof.StopCPUProfile()
+		return f.Close()
+	}, nil
+}
+
+// openDevice opens what the -device flag names.
+func openDevice(spec string) (bdev.Device, func() error, error) {
+	what, rest, _ := strings.Cut(spec, ":")
+	switch what {
+	case "file":
+		d, err := openDisk(rest)
+		if err != nil {
+			return nil, nil, err
+		}
+		return d, d.Close, nil
+	case "memory":
+		n, err := strconv.ParseInt(rest, 10, 64)
+		if err != nil {
+			return nil, nil, err
+		}
+		d := &ram{data: make([]byte, n)}
+		for i := range d.data {
+			d.data[i] = byte(i >> 3) // pages that exist, not the one of zeros
+		}
+		return d, d.Close, nil
+	case "qcow2":
+		path, base, _ := strings.Cut(rest, ":")
+		backing, err := openDisk(base)
+		if err != nil {
+			return nil, nil, err
+		}
+		i, err := qcow2.Open(path, qcow2.OpenOptions{Backing: backing, BackingSizeBytes: backing.SizeBytes()})
+		if err != nil {
+			return nil, nil, errors.Join(err, backing.Close())
+		}
+		return i, func() error { return errors.Join(i.Close(), backing.Close()) }, nil
+	case "lvol":
+		dir, name, _ := strings.Cut(rest, ":")
+		s, err := lvol.Open(lvol.Options{Dir: dir})
+		if err != nil {
+			return nil, nil, err
+		}
+		l, err := s.OpenLvol(name, true)
+		if err != nil {
+			return nil, nil, errors.Join(err, s.Close())
+		}
+		return l, func() error { return errors.Join(l.Close(), s.Close()) }, nil
+	}
+	return nil, nil, fmt.Errorf("device %q", spec)
+}
+
+// disk is a file as a device: the same system calls that an lvol or a C server uses,
+// and nothing else.
+type disk struct {
+	fd   int
+	size int64
+}
+
+func openDisk(path string) (*disk, error) {
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, errors.Join(err, unix.Close(fd))
+	}
+	return &disk{fd: fd, size: st.Size}, nil
+}
+
+func (d *disk) ReadAt(p []byte, off int64) (int, error) {
+	n := 0
+	for n < len(p) {
+		m, err := unix.Pread(d.fd, p[n:], off+int64(n))
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return n, err
+		case m == 0:
+			return n, io.EOF
+		default:
+			n += m
+		}
+	}
+	return n, nil
+}
+
+func (d *disk) WriteAt(p []byte, off int64) (int, error) {
+	if off < 0 || off > d.size || int64(len(p)) > d.size-off {
+		return 0, kind.Errorf(kind.Invalid, "write of %d bytes at %d of %d", len(p), off, d.size)
+	}
+	n := 0
+	for n < len(p) {
+		m, err := unix.Pwrite(d.fd, p[n:], off+int64(n))
+		if err != nil && err != unix.EINTR {
+			return n, err
+		}
+		n += max(m, 0)
+	}
+	return n, nil
+}
+
+func (d *disk) Flush() error { return unix.Fdatasync(d.fd) }
+func (d *disk) WriteZeroes(off, n int64) error {
+	return unix.Fallocate(d.fd, unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+}
+func (d *disk) Discard(off, n int64) error {
+	return unix.Fallocate(d.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+}
+func (d *disk) SizeBytes() int64 { return d.size }
+func (d *disk) ReadOnly() bool   { return false }
+func (d *disk) Close() error     { return unix.Close(d.fd) }
+
+// ram is a device in memory. It leaves to a lock what a malloc bdev must: that a
+// sector is old or new.
+type ram struct {
+	mu   sync.RWMutex
+	data []byte // guarded by mu
+}
+
+func (r *ram) ReadAt(p []byte, off int64) (int, error) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	n := copy(p, r.data[off:])
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+func (r *ram) WriteAt(p []byte, off int64) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return copy(r.data[off:], p), nil
+}
+
+func (r *ram) WriteZeroes(off, n int64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	clear(r.data[off : off+n])
+	return nil
+}
+
+func (r *ram) Discard(off, n int64) error { return r.WriteZeroes(off, n) }
+func (r *ram) Flush() error               { return nil }
+func (r *ram) SizeBytes() int64           { return int64(len(r.data)) }
+func (r *ram) ReadOnly() bool             { return false }
+func (r *ram) Close() error               { return nil }
