@@ -33,6 +33,10 @@ require (
 require (
 	github.com/containerd/errdefs/pkg v0.3.0 // indirect
 	github.com/containerd/log v0.2.0 // indirect
+	github.com/google/go-cmp v0.7.0 // indirect
+	github.com/mdlayher/genetlink v1.3.2
+	github.com/mdlayher/netlink v1.8.0
+	github.com/mdlayher/socket v0.6.0 // indirect
 	github.com/stretchr/testify v1.12.1 // indirect
 )
 
