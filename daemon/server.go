@@ -252,8 +252,9 @@ func (s *Server) startControl(ctx context.Context, registry *prometheus.Registry
 	var err error
 	s.images, err = imagemgmt.New(imagemgmt.Options{
 		Presenter: s.presenter, DBPath: p.ImagemgmtDB, Logger: s.logger.With("part", "imagemgmt"),
-		Lookup: func(ctx context.Context, block string) error {
-			_, err := s.store.Get(block)
+		Own: s.config.Target,
+		Lookup: func(ctx context.Context, block imagemgmt.Block) error {
+			_, err := s.store.Get(block.Name)
 			return err
 		},
 	})
@@ -277,7 +278,7 @@ func (s *Server) startControl(ctx context.Context, registry *prometheus.Registry
 		s.logger.Warn("no scratch volume: writable layers over erofs blocks have no size limit", "error", err)
 	}
 	s.snapshots, err = snapshotter.New(ctx, snapshotter.Options{
-		Root: p.Snapshotter, MountDir: p.Mounts, Images: s.images, Target: s.config.Target,
+		Root: p.Snapshotter, MountDir: p.Mounts, Images: s.images, Targets: []string{s.config.Target},
 		AttachTimeout: time.Duration(s.config.Snapshotter.AttachTimeout),
 		AsyncRemove:   s.config.Snapshotter.AsyncRemove,
 		ScratchBlock:  scratch,

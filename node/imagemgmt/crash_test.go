@@ -24,7 +24,7 @@ func (nullDevice) SizeBytes() int64 { return 512 }
 func (nullDevice) Close() error     { return nil }
 
 func crashOptions(t *testing.T, p present.Presenter, db string) Options {
-	return Options{Presenter: p, DBPath: db, Lookup: func(context.Context, string) error { return nil }}
+	return Options{Presenter: p, DBPath: db, Lookup: func(context.Context, Block) error { return nil }}
 }
 
 // run starts a manager on db, lets call go on until it reaches step (or its end, for
@@ -57,9 +57,9 @@ func run(t *testing.T, p present.Presenter, db, step string, call func(*Manager)
 func TestKilledAtEveryStep(t *testing.T) {
 	ctx := context.Background()
 	const block, id, path = "soldier-1", "rw-1", "/layers/1"
-	attach := func(m *Manager) error { _, err := m.Attach(ctx, block, "u"); return err }
+	attach := func(m *Manager) error { _, err := m.Attach(ctx, Block{Name: block}, "u"); return err }
 	detach := func(m *Manager) error { return m.Detach(ctx, block, "u") }
-	attachW := func(m *Manager) error { _, err := m.AttachWritable(ctx, block, path, id); return err }
+	attachW := func(m *Manager) error { _, err := m.AttachWritable(ctx, Block{Name: block}, path, id); return err }
 	detachW := func(m *Manager) error { return m.DetachWritable(ctx, block, id) }
 	operations := []struct {
 		name          string
@@ -149,10 +149,11 @@ func TestDamagedRecordIsRefused(t *testing.T) {
 
 func FuzzRecords(f *testing.F) {
 	f.Add([]byte("soldier-1\x00u"), []byte(`{"since":1}`))
+	f.Add([]byte("soldier-1\x00u"), []byte(`{"target":"rack-7","since":1}`))
 	f.Add([]byte("rw-1"), []byte(`{"block":"b","path":"/p","since":1}`))
 	f.Fuzz(func(t *testing.T, key, value []byte) {
 		if block, user, err := decodeReader(key, value); err == nil {
-			if string(readerKey(block, user)) != string(key) || checkName("block", block) != nil || checkUser(user) != nil {
+			if string(readerKey(block.Name, user)) != string(key) || checkBlock(block) != nil || checkUser(user) != nil {
 				t.Fatalf("accepted %q as %q of %q", key, user, block)
 			}
 		}

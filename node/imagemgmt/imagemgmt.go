@@ -11,6 +11,14 @@ import (
 	"github.com/thaw-project/thaw/node/present"
 )
 
+// Block names a block of a converted image and who stores it.
+type Block struct {
+	// Target is the name of the target that stores it; empty is this machine's own
+	// store.
+	Target string
+	Name   string
+}
+
 // Attachment is one attached block with its users.
 type Attachment struct {
 	Block string       `json:"block"`
@@ -23,8 +31,9 @@ type Attachment struct {
 type Service interface {
 	// Attach makes block readable on this host for user and returns its disk. It
 	// is kind.NotFound when the storage side has no such block and
-	// kind.Unavailable when the storage side cannot be reached.
-	Attach(ctx context.Context, block, user string) (present.Disk, error)
+	// kind.Unavailable when the storage side cannot be reached. Blocks of one name
+	// hold the same, so one that is attached already is shared whoever stores it.
+	Attach(ctx context.Context, block Block, user string) (present.Disk, error)
 
 	// Detach ends user's use of block; the last user's Detach takes the disk away.
 	// An unknown block or user is no error.
@@ -38,7 +47,7 @@ type Service interface {
 
 	// AttachWritable presents the qcow2 file at path, whose backing is block,
 	// read-write as the disk id; the file must exist. It holds block for user id.
-	AttachWritable(ctx context.Context, block, path, id string) (present.Disk, error)
+	AttachWritable(ctx context.Context, block Block, path, id string) (present.Disk, error)
 
 	// DetachWritable ends AttachWritable: the disk is withdrawn, the qcow2 file
 	// flushed and closed (its owner removes it), and block's user id released.

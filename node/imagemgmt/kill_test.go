@@ -84,7 +84,7 @@ func openHost(dir string) (*host, error) {
 	}
 	h.manager, err = imagemgmt.New(imagemgmt.Options{
 		Presenter: h.presenter, DBPath: filepath.Join(dir, "imagemgmt.db"),
-		Lookup: func(_ context.Context, block string) error { _, err := h.store.Get(block); return err },
+		Lookup: func(_ context.Context, block imagemgmt.Block) error { _, err := h.store.Get(block.Name); return err },
 	})
 	return &h, err
 }
@@ -112,7 +112,7 @@ func work(dir, seed string) error {
 		}
 		fmt.Println("begin", op, b, u)
 		if op == "attach" {
-			_, err = h.manager.Attach(ctx, b, u)
+			_, err = h.manager.Attach(ctx, imagemgmt.Block{Name: b}, u)
 		} else {
 			err = h.manager.Detach(ctx, b, u)
 		}
@@ -254,7 +254,7 @@ func BenchmarkAttachFuse(b *testing.B) {
 	var took []time.Duration
 	for b.Loop() {
 		begin := time.Now()
-		_, err := h.manager.Attach(ctx, "block", "u")
+		_, err := h.manager.Attach(ctx, imagemgmt.Block{Name: "block"}, "u")
 		must(b, err)
 		took = append(took, time.Since(begin))
 		must(b, h.manager.Detach(ctx, "block", "u"))

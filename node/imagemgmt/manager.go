@@ -26,6 +26,10 @@ const (
 	// has the disk open: a loop device detaches itself a moment after the unmount.
 	hideWait = 3 * time.Second
 
+	// startWait bounds what a start waits for a storage side that is away, so that a
+	// node comes up without it.
+	startWait = 10 * time.Second
+
 	// cleanupWait bounds what is undone for a caller that is gone.
 	cleanupWait = 10 * time.Second
 )
@@ -36,11 +40,18 @@ type Options struct {
 	Presenter present.Presenter
 	// DBPath is the database, imagemgmt.db.
 	DBPath string
-	// Lookup tells whether the storage side has a block: nil, kind.NotFound, or
-	// kind.Unavailable when it does not answer. New does not call it.
-	Lookup func(ctx context.Context, block string) error
-	Logger *slog.Logger     // nil is silence
-	Now    func() time.Time // nil is time.Now
+	// Own is the name by which annotations call this machine's own store, so that both
+	// that name and none mean the same; empty when there is none.
+	Own string
+	// Lookup makes the storage side let this machine open a block: nil, kind.NotFound,
+	// or kind.Unavailable when it does not answer. For one that it let us open before
+	// it need not ask again.
+	Lookup func(ctx context.Context, block Block) error
+	// Released, if set, is told that a block may no longer be used here: Uses says. It
+	// must not block, nor call the Manager.
+	Released func(block Block)
+	Logger   *slog.Logger     // nil is silence
+	Now      func() time.Time // nil is time.Now
 }
 
 // Manager is the Service of one host.
@@ -64,6 +75,7 @@ var _ Service = (*Manager)(nil)
 
 // entry is a block that is shown, or that somebody is busy with.
 type entry struct {
+	block Block
 	users map[string]struct{} // guarded by Manager.mu
 	busy  int                 // guarded by Manager.mu: calls that need the entry to stay
 	gate  chan struct{}       // capacity 1: whoever fills it shows or hides the disk
@@ -142,12 +154,14 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	}
 	entries := make(map[string]*entry, len(readers))
 	for block, users := range readers {
-		e := newEntry()
-		entries[block] = e
+		e := entries[block.Name]
+		if e == nil {
+			e = newEntry(block)
+			entries[block.Name], m.blocks[block.Name] = e, e
+		}
 		for _, u := range users {
 			e.users[u] = struct{}{}
 		}
-		m.blocks[block] = e
 	}
 	for id, w := range writers {
 		m.writers[id] = &writer{writerRecord: w}
@@ -167,7 +181,7 @@ func (m *Manager) reconcile(ctx context.Context) error {
 			if err := m.o.Presenter.Withdraw(ctx, d.ID); err != nil {
 				m.o.Logger.Warn("a disk that nobody uses stays", "disk", d.ID, "error", err)
 				if d.Source.Kind == present.SourceLvol { // for the next Detach to try again
-					e := newEntry()
+					e := newEntry(Block{d.Source.Target, d.Source.Lvol})
 					e.shown, e.disk = true, d
 					m.mu.Lock()
 					m.blocks[d.ID] = e
@@ -179,12 +193,11 @@ func (m *Manager) reconcile(ctx context.Context) error {
 			return nil
 		})
 	}
-	for block := range readers {
-		e := entries[block]
+	for _, e := range entries {
 		g.Go(func() error {
-			disk, err := m.o.Presenter.Present(ctx, block, lvolSource(block), true)
+			disk, err := m.present(ctx, e.block.Name, e.block, e.block.source(), true)
 			if err != nil {
-				m.o.Logger.Error("cannot show a block that is in use", "block", block, "error", err)
+				m.o.Logger.Error("cannot show a block that is in use", "block", e.block.Name, "target", e.block.Target, "error", err)
 				return nil
 			}
 			m.mu.Lock()
@@ -195,7 +208,7 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	}
 	for id, w := range m.writers {
 		g.Go(func() error {
-			disk, err := m.o.Presenter.Present(ctx, id, w.source(), false)
+			disk, err := m.present(ctx, id, w.block(), w.source(), false)
 			if err != nil {
 				m.o.Logger.Error("cannot show a writable layer that is in use", "disk", id, "path", w.Path, "error", err)
 				return nil
@@ -209,24 +222,50 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	return g.Wait()
 }
 
-func newEntry() *entry {
-	return &entry{users: make(map[string]struct{}), gate: make(chan struct{}, 1)}
+func newEntry(block Block) *entry {
+	return &entry{block: block, users: make(map[string]struct{}), gate: make(chan struct{}, 1)}
 }
 
-func lvolSource(block string) present.Source {
-	return present.Source{Kind: present.SourceLvol, Lvol: block}
+// present shows source, which is block or over it, in startWait.
+func (m *Manager) present(ctx context.Context, id string, block Block, source present.Source, readOnly bool) (present.Disk, error) {
+	ctx, cancel := context.WithTimeout(ctx, startWait)
+	defer cancel()
+	if err := m.o.Lookup(ctx, block); err != nil {
+		return present.Disk{}, err
+	}
+	return m.o.Presenter.Present(ctx, id, source, readOnly)
+}
+
+func (b Block) source() present.Source {
+	return present.Source{Kind: present.SourceLvol, Lvol: b.Name, Target: b.Target}
 }
 
 func (w *writer) source() present.Source {
-	return present.Source{Kind: present.SourceQcow2, Lvol: w.Block, Path: w.Path}
+	return present.Source{Kind: present.SourceQcow2, Lvol: w.Block, Target: w.Target, Path: w.Path}
+}
+
+// own gives this machine's own store its one name.
+func (m *Manager) own(b Block) Block {
+	if b.Target == m.o.Own {
+		b.Target = ""
+	}
+	return b
+}
+
+func (m *Manager) released(b Block) {
+	if m.o.Released != nil {
+		m.o.Released(b)
+	}
 }
 
 // Attach implements Service. Callers of one block share one presentation; a caller
 // that gives up leaves it to the others and is no user.
-func (m *Manager) Attach(ctx context.Context, block, user string) (present.Disk, error) {
-	if err := errors.Join(checkName("block", block), checkUser(user)); err != nil {
+func (m *Manager) Attach(ctx context.Context, b Block, user string) (present.Disk, error) {
+	b = m.own(b)
+	if err := errors.Join(checkBlock(b), checkUser(user)); err != nil {
 		return present.Disk{}, kind.Wrap(kind.Invalid, err)
 	}
+	block := b.Name
 	if err := m.enter(); err != nil {
 		return present.Disk{}, err
 	}
@@ -237,7 +276,7 @@ func (m *Manager) Attach(ctx context.Context, block, user string) (present.Disk,
 	}
 	defer unlock()
 
-	e, known := m.pin(block, user)
+	e, known := m.pin(b, user)
 	disk, err := m.attach(ctx, block, user, e, known)
 	if err != nil && !known {
 		if derr := m.dropReader(block, user); derr != nil {
@@ -255,7 +294,7 @@ func (m *Manager) Attach(ctx context.Context, block, user string) (present.Disk,
 
 func (m *Manager) attach(ctx context.Context, block, user string, e *entry, known bool) (present.Disk, error) {
 	if !known {
-		if err := m.putReader(block, user); err != nil {
+		if err := m.putReader(e.block, user); err != nil {
 			return present.Disk{}, err
 		}
 		m.step("attach: recorded")
@@ -274,13 +313,13 @@ func (m *Manager) attach(ctx context.Context, block, user string, e *entry, know
 }
 
 // pin returns block's entry, which stays until unpin, and whether user uses it.
-func (m *Manager) pin(block, user string) (e *entry, known bool) {
+func (m *Manager) pin(block Block, user string) (e *entry, known bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	e = m.blocks[block]
+	e = m.blocks[block.Name]
 	if e == nil {
-		e = newEntry()
-		m.blocks[block] = e
+		e = newEntry(block)
+		m.blocks[block.Name] = e
 	}
 	e.busy++
 	_, known = e.users[user]
@@ -304,10 +343,15 @@ func (m *Manager) unpin(ctx context.Context, block string, e *entry) error {
 			return err
 		}
 	}
-	if e.busy--; e.busy == 0 && len(e.users) == 0 && !e.shown {
+	e.busy--
+	gone := e.busy == 0 && len(e.users) == 0 && !e.shown
+	if gone {
 		delete(m.blocks, block)
 	}
 	m.mu.Unlock()
+	if gone {
+		m.released(e.block)
+	}
 	return nil
 }
 
@@ -330,10 +374,10 @@ func (m *Manager) show(ctx context.Context, block string, e *entry) (present.Dis
 	if shown {
 		return disk, nil
 	}
-	if err := m.o.Lookup(ctx, block); err != nil {
+	if err := m.o.Lookup(ctx, e.block); err != nil {
 		return present.Disk{}, err
 	}
-	disk, err := m.o.Presenter.Present(ctx, block, lvolSource(block), true)
+	disk, err := m.o.Presenter.Present(ctx, block, e.block.source(), true)
 	if err != nil {
 		if ctx.Err() != nil {
 			// It may be there or not. Others who want it wait at the gate.
@@ -430,7 +474,13 @@ func (m *Manager) Detach(ctx context.Context, block, user string) error {
 		return fmt.Errorf("detach block %s: %w", block, err)
 	}
 	defer unlock()
-	e, known := m.pin(block, user)
+	m.mu.Lock()
+	there := m.blocks[block] != nil
+	m.mu.Unlock()
+	if !there {
+		return nil
+	}
+	e, known := m.pin(Block{Name: block}, user)
 	if known {
 		if err = m.dropReader(block, user); err == nil {
 			m.mu.Lock()
@@ -451,8 +501,10 @@ func (m *Manager) Detach(ctx context.Context, block, user string) error {
 
 // AttachWritable implements Service. id must not be the name of a block or of
 // another disk.
-func (m *Manager) AttachWritable(ctx context.Context, block, path, id string) (present.Disk, error) {
-	if err := errors.Join(checkName("block", block), checkName("disk", id), checkPath(path)); err != nil {
+func (m *Manager) AttachWritable(ctx context.Context, b Block, path, id string) (present.Disk, error) {
+	b = m.own(b)
+	block := b.Name
+	if err := errors.Join(checkBlock(b), checkName("disk", id), checkPath(path)); err != nil {
 		return present.Disk{}, kind.Wrap(kind.Invalid, err)
 	}
 	if block == id {
@@ -467,7 +519,7 @@ func (m *Manager) AttachWritable(ctx context.Context, block, path, id string) (p
 		return present.Disk{}, fmt.Errorf("attach writable disk %s: %w", id, err)
 	}
 	defer unlock()
-	disk, err := m.attachWritable(ctx, id, writerRecord{Block: block, Path: path})
+	disk, err := m.attachWritable(ctx, id, writerRecord{Block: block, Target: b.Target, Path: path})
 	if err != nil {
 		return present.Disk{}, fmt.Errorf("attach writable disk %s over block %s: %w", id, block, err)
 	}
@@ -477,7 +529,7 @@ func (m *Manager) AttachWritable(ctx context.Context, block, path, id string) (p
 func (m *Manager) attachWritable(ctx context.Context, id string, record writerRecord) (present.Disk, error) {
 	m.mu.Lock()
 	w, known := m.writers[id]
-	if known && (w.Block != record.Block || w.Path != record.Path) {
+	if known && (w.block() != record.block() || w.Path != record.Path) {
 		m.mu.Unlock()
 		return present.Disk{}, kind.Errorf(kind.Exists, "it is there over block %s with %s", w.Block, w.Path)
 	}
@@ -497,6 +549,7 @@ func (m *Manager) attachWritable(ctx context.Context, id string, record writerRe
 	if err != nil {
 		if !known {
 			delete(m.writers, id)
+			m.released(record.block())
 		}
 		return present.Disk{}, err
 	}
@@ -511,7 +564,7 @@ func (m *Manager) showWritable(ctx context.Context, id string, w *writer, known 
 	case <-ctx.Done():
 		return present.Disk{}, context.Cause(ctx)
 	}
-	if err := m.o.Lookup(ctx, w.Block); err != nil {
+	if err := m.o.Lookup(ctx, w.block()); err != nil {
 		return present.Disk{}, err
 	}
 	if !known {
@@ -581,19 +634,24 @@ func (m *Manager) DetachWritable(ctx context.Context, block, id string) error {
 	m.mu.Lock()
 	delete(m.writers, id)
 	m.mu.Unlock()
+	m.released(w.block())
 	return nil
 }
 
-// Attached tells whether anybody on this host uses block or is about to: as a disk,
-// or under a writable layer.
-func (m *Manager) Attached(block string) bool {
+// Attached tells whether anybody on this host uses block of its own store or is about
+// to: as a disk, or under a writable layer.
+func (m *Manager) Attached(block string) bool { return m.Uses(Block{Name: block}) }
+
+// Uses is Attached for the block of any target.
+func (m *Manager) Uses(b Block) bool {
+	b = m.own(b)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.blocks[block] != nil {
+	if e := m.blocks[b.Name]; e != nil && e.block.Target == b.Target {
 		return true
 	}
 	for _, w := range m.writers {
-		if w.Block == block {
+		if w.block() == b {
 			return true
 		}
 	}

@@ -93,12 +93,12 @@ func (l *lab) open(source present.Source, readOnly bool) (bdev.Device, error) {
 func (l *lab) options() imagemgmt.Options {
 	return imagemgmt.Options{
 		Presenter: l.presenter, DBPath: filepath.Join(l.dir, "imagemgmt.db"),
-		Lookup: func(_ context.Context, block string) error {
+		Lookup: func(_ context.Context, block imagemgmt.Block) error {
 			l.lookups.Add(1)
 			if l.down.Load() {
 				return kind.Errorf(kind.Unavailable, "the storage side is down")
 			}
-			_, err := l.store.Get(block)
+			_, err := l.store.Get(block.Name)
 			return err
 		},
 	}
@@ -200,14 +200,14 @@ var ctx = context.Background()
 func TestUsersShareOneDiskAndTheLastOneTakesItAway(t *testing.T) {
 	l := newLab(t)
 	m, b := l.start(), l.block(1)
-	d1, err := m.Attach(ctx, b, "u1")
+	d1, err := m.Attach(ctx, imagemgmt.Block{Name: b}, "u1")
 	must(t, err)
-	d2, err := m.Attach(ctx, b, "u2")
+	d2, err := m.Attach(ctx, imagemgmt.Block{Name: b}, "u2")
 	must(t, err)
 	if d1 != d2 || !d1.ReadOnly || d1.ID != b || d1.SizeBytes != blockBytes {
 		t.Fatalf("disks %+v and %+v", d1, d2)
 	}
-	again, err := m.Attach(ctx, b, "u1")
+	again, err := m.Attach(ctx, imagemgmt.Block{Name: b}, "u1")
 	must(t, err)
 	if again != d1 || l.presenter.Count("present", b) != 1 || l.lookups.Load() != 1 {
 		t.Fatalf("%+v, presented %d times, looked up %d times", again, l.presenter.Count("present", b), l.lookups.Load())
@@ -227,18 +227,18 @@ func TestUsersShareOneDiskAndTheLastOneTakesItAway(t *testing.T) {
 func TestAttachErrorsLeaveNothing(t *testing.T) {
 	l := newLab(t)
 	m, b := l.start(), l.block(1)
-	_, err := m.Attach(ctx, "soldier-of-nobody", "u")
+	_, err := m.Attach(ctx, imagemgmt.Block{Name: "soldier-of-nobody"}, "u")
 	wantKind(t, err, kind.NotFound)
 	l.down.Store(true)
-	_, err = m.Attach(ctx, b, "u")
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
 	wantKind(t, err, kind.Unavailable)
 	l.down.Store(false)
 	l.presenter.Hook(func(context.Context, string, string) error { return kind.Errorf(kind.IO, "no device") })
-	_, err = m.Attach(ctx, b, "u")
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
 	wantKind(t, err, kind.IO)
 	l.presenter.Hook(nil)
 	for _, bad := range [][2]string{{"", "u"}, {"a/b", "u"}, {b, ""}, {b, "u\x00v"}, {strings.Repeat("x", 129), "u"}, {b, strings.Repeat("u", 513)}} {
-		_, err = m.Attach(ctx, bad[0], bad[1])
+		_, err = m.Attach(ctx, imagemgmt.Block{Name: bad[0]}, bad[1])
 		wantKind(t, err, kind.Invalid)
 		wantKind(t, m.Detach(ctx, bad[0], bad[1]), kind.Invalid)
 	}
@@ -252,11 +252,11 @@ func TestRestartAndReboot(t *testing.T) {
 	l := newLab(t)
 	m, b1, b2 := l.start(), l.block(1), l.block(2)
 	for _, u := range []string{"u1", "u2"} {
-		_, err := m.Attach(ctx, b1, u)
+		_, err := m.Attach(ctx, imagemgmt.Block{Name: b1}, u)
 		must(t, err)
 	}
 	path := l.qcow2("rw")
-	_, err := m.AttachWritable(ctx, b2, path, "rw-1")
+	_, err := m.AttachWritable(ctx, imagemgmt.Block{Name: b2}, path, "rw-1")
 	must(t, err)
 
 	l.restart()
@@ -277,14 +277,14 @@ func TestRestartAndReboot(t *testing.T) {
 	l.wantShown()
 
 	// A block that vanished while nobody looked does not keep the others from starting.
-	_, err = m.Attach(ctx, b1, "u1")
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b1}, "u1")
 	must(t, err)
 	must(t, m.Close())
 	l.presenter.Reboot()
 	must(t, l.store.Delete(b1))
 	m = l.start()
 	l.wantUsers(b1, "u1")
-	_, err = m.Attach(ctx, b1, "u1")
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b1}, "u1")
 	wantKind(t, err, kind.NotFound)
 	must(t, m.Detach(ctx, b1, "u1"))
 	l.wantUsers(b1)
@@ -321,7 +321,7 @@ func TestConcurrentAttachPresentsOnce(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range 50 {
 		wg.Go(func() {
-			if _, err := m.Attach(ctx, b, fmt.Sprintf("u%02d", i)); err != nil {
+			if _, err := m.Attach(ctx, imagemgmt.Block{Name: b}, fmt.Sprintf("u%02d", i)); err != nil {
 				t.Error(err)
 			}
 		})
@@ -343,7 +343,7 @@ func TestPresentationsAtOnceAreBounded(t *testing.T) {
 	for i := range 60 {
 		b := l.block(i)
 		wg.Go(func() {
-			if _, err := m.Attach(ctx, b, "u"); err != nil {
+			if _, err := m.Attach(ctx, imagemgmt.Block{Name: b}, "u"); err != nil {
 				t.Error(err)
 			}
 		})
@@ -372,14 +372,14 @@ func TestCancelledCallerDoesNotPoison(t *testing.T) {
 	})
 	first, cancel := context.WithCancel(ctx)
 	results := make(chan error, 2)
-	go func() { _, err := m.Attach(first, b, "gone"); results <- err }()
+	go func() { _, err := m.Attach(first, imagemgmt.Block{Name: b}, "gone"); results <- err }()
 	<-entered
 	waiting, stop := context.WithTimeout(ctx, 20*time.Millisecond)
 	defer stop()
-	if _, err := m.Attach(waiting, b, "impatient"); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := m.Attach(waiting, imagemgmt.Block{Name: b}, "impatient"); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("got %v", err)
 	}
-	go func() { _, err := m.Attach(ctx, b, "patient"); results <- err }()
+	go func() { _, err := m.Attach(ctx, imagemgmt.Block{Name: b}, "patient"); results <- err }()
 	cancel()
 	if err := <-results; !errors.Is(err, context.Canceled) {
 		t.Fatalf("got %v", err)
@@ -397,14 +397,14 @@ func TestCancelledCallerDoesNotPoison(t *testing.T) {
 func TestDetachWaitsForTheKernelAndThenSaysSo(t *testing.T) {
 	l := newLab(t)
 	m, b := l.start(), l.block(1)
-	_, err := m.Attach(ctx, b, "u")
+	_, err := m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
 	must(t, err)
 	l.presenter.SetBusy(b, true)
 	time.AfterFunc(50*time.Millisecond, func() { l.presenter.SetBusy(b, false) }) // autoclear
 	must(t, m.Detach(ctx, b, "u"))
 	l.wantShown()
 
-	_, err = m.Attach(ctx, b, "u")
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
 	must(t, err)
 	l.presenter.SetBusy(b, true)
 	wantKind(t, m.Detach(ctx, b, "u"), kind.InUse)
@@ -416,7 +416,7 @@ func TestDetachWaitsForTheKernelAndThenSaysSo(t *testing.T) {
 	if len(a.Users) != 0 || a.Disk.ID != b {
 		t.Fatalf("%+v", a)
 	}
-	_, err = m.Attach(ctx, b, "v") // it is still good for the next one
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b}, "v") // it is still good for the next one
 	must(t, err)
 	l.presenter.SetBusy(b, false)
 	must(t, m.Detach(ctx, b, "v"))
@@ -428,30 +428,30 @@ func TestWritable(t *testing.T) {
 	l := newLab(t)
 	m, b, other := l.start(), l.block(1), l.block(2)
 	path := l.qcow2("rw")
-	d, err := m.AttachWritable(ctx, b, path, "rw-1")
+	d, err := m.AttachWritable(ctx, imagemgmt.Block{Name: b}, path, "rw-1")
 	must(t, err)
 	if d.ReadOnly || d.ID != "rw-1" || d.Source != (present.Source{Kind: present.SourceQcow2, Lvol: b, Path: path}) {
 		t.Fatalf("%+v", d)
 	}
-	again, err := m.AttachWritable(ctx, b, path, "rw-1")
+	again, err := m.AttachWritable(ctx, imagemgmt.Block{Name: b}, path, "rw-1")
 	must(t, err)
 	if again != d {
 		t.Fatalf("%+v and %+v", d, again)
 	}
-	_, err = m.AttachWritable(ctx, other, path, "rw-1")
+	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: other}, path, "rw-1")
 	wantKind(t, err, kind.Exists)
-	_, err = m.AttachWritable(ctx, b, l.qcow2("rw2"), "rw-1")
+	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: b}, l.qcow2("rw2"), "rw-1")
 	wantKind(t, err, kind.Exists)
-	_, err = m.AttachWritable(ctx, b, filepath.Join(l.dir, "absent"), "rw-2")
+	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: b}, filepath.Join(l.dir, "absent"), "rw-2")
 	wantKind(t, err, kind.NotFound)
-	_, err = m.AttachWritable(ctx, "soldier-of-nobody", path, "rw-2")
+	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: "soldier-of-nobody"}, path, "rw-2")
 	wantKind(t, err, kind.NotFound)
-	_, err = m.AttachWritable(ctx, b, "relative", "rw-2")
+	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: b}, "relative", "rw-2")
 	wantKind(t, err, kind.Invalid)
-	_, err = m.AttachWritable(ctx, b, path, b)
+	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: b}, path, b)
 	wantKind(t, err, kind.Invalid)
 
-	must(t, func() error { _, err := m.Attach(ctx, b, "reader"); return err }())
+	must(t, func() error { _, err := m.Attach(ctx, imagemgmt.Block{Name: b}, "reader"); return err }())
 	l.wantUsers(b, "reader", "rw-1")
 	l.wantUsers(other)
 	wantKind(t, l.store.Delete(b), kind.InUse)
@@ -471,7 +471,7 @@ func TestWritable(t *testing.T) {
 	must(t, m.DetachWritable(ctx, b, "rw-1"))
 	l.wantUsers(b)
 	l.wantShown()
-	must(t, func() error { _, err := m.AttachWritable(ctx, b, path, "rw-1"); return err }())
+	must(t, func() error { _, err := m.AttachWritable(ctx, imagemgmt.Block{Name: b}, path, "rw-1"); return err }())
 	got := make([]byte, 4)
 	if _, err := l.presenter.Device("rw-1").ReadAt(got, 4096); err != nil || string(got) != "kept" {
 		t.Fatalf("%q, %v", got, err)
@@ -487,10 +487,10 @@ func TestListIsInOrder(t *testing.T) {
 		b := l.block(19 - i)
 		want = append(want, b)
 		if i%2 == 0 {
-			_, err := m.Attach(ctx, b, "u")
+			_, err := m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
 			must(t, err)
 		} else {
-			_, err := m.AttachWritable(ctx, b, l.qcow2(b), fmt.Sprintf("rw-%d", i))
+			_, err := m.AttachWritable(ctx, imagemgmt.Block{Name: b}, l.qcow2(b), fmt.Sprintf("rw-%d", i))
 			must(t, err)
 		}
 	}
@@ -546,7 +546,7 @@ func TestRandom(t *testing.T) {
 						defer cancel()
 					}
 					if rng.IntN(2) == 0 {
-						_, err := m.Attach(call, b, user)
+						_, err := m.Attach(call, imagemgmt.Block{Name: b}, user)
 						if err == nil {
 							uses[w][b] = true
 						} else if call == ctx {
@@ -592,7 +592,7 @@ func BenchmarkAttachDetach(b *testing.B) {
 	took := make([]time.Duration, 0, b.N)
 	for b.Loop() {
 		begin := time.Now()
-		if _, err := m.Attach(ctx, name, "u"); err != nil {
+		if _, err := m.Attach(ctx, imagemgmt.Block{Name: name}, "u"); err != nil {
 			b.Fatal(err)
 		}
 		took = append(took, time.Since(begin))
@@ -613,7 +613,7 @@ func BenchmarkAttach50(b *testing.B) {
 		var wg sync.WaitGroup
 		for i := range 50 {
 			wg.Go(func() {
-				if _, err := m.Attach(ctx, name, fmt.Sprint(i)); err != nil {
+				if _, err := m.Attach(ctx, imagemgmt.Block{Name: name}, fmt.Sprint(i)); err != nil {
 					b.Error(err)
 				}
 			})
@@ -633,7 +633,7 @@ func BenchmarkList1000(b *testing.B) {
 	l := newLab(b)
 	m := l.start()
 	for i := range 1000 {
-		if _, err := m.Attach(ctx, l.block(i), "u"); err != nil {
+		if _, err := m.Attach(ctx, imagemgmt.Block{Name: l.block(i)}, "u"); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -12,7 +12,7 @@ import (
 	"github.com/thaw-project/thaw/statedb"
 )
 
-// The database, format version 1. Values are JSON.
+// The database, format version 2 (1 knew no targets). Values are JSON.
 //
 //	bucket "readers"  block \0 user -> readerRecord   one use of a block by Attach
 //	bucket "writers"  disk id       -> writerRecord   one AttachWritable
@@ -21,7 +21,7 @@ import (
 // is taken away: what is shown and not recorded is nobody's.
 const (
 	dbPart    = "imagemgmt"
-	dbVersion = 1
+	dbVersion = 2
 )
 
 var (
@@ -31,17 +31,20 @@ var (
 
 // Bounds of names, so that a record stays small and a key fits bbolt.
 const (
-	maxNameBytes = 128  // blocks and disk ids, as lvol names
-	maxUserBytes = 512  // users: containerd's keys with a prefix
-	maxPathBytes = 4096 // PATH_MAX
+	maxNameBytes   = 128  // blocks and disk ids, as lvol names
+	maxTargetBytes = 64   // as in annotations
+	maxUserBytes   = 512  // users: containerd's keys with a prefix
+	maxPathBytes   = 4096 // PATH_MAX
 )
 
 type readerRecord struct {
-	SinceUnixNanos int64 `json:"since"`
+	Target         string `json:"target,omitempty"`
+	SinceUnixNanos int64  `json:"since"`
 }
 
 type writerRecord struct {
 	Block          string `json:"block"`
+	Target         string `json:"target,omitempty"`
 	Path           string `json:"path"`
 	SinceUnixNanos int64  `json:"since"`
 }
@@ -50,23 +53,25 @@ func openDB(path string) (*statedb.DB, error) {
 	return statedb.Open(statedb.Options{
 		Path: path, Part: dbPart, Version: dbVersion,
 		Buckets: []string{string(readersBucket), string(writersBucket)},
+		// Records of version 1 are of this machine's own store.
+		Upgrade: func(*bbolt.Tx, uint32) error { return nil },
 	})
 }
 
 func readerKey(block, user string) []byte { return []byte(block + "\x00" + user) }
 
-func decodeReader(key, value []byte) (block, user string, err error) {
+func decodeReader(key, value []byte) (block Block, user string, err error) {
 	b, u, found := bytes.Cut(key, []byte{0})
 	var r readerRecord
-	if !found || checkName("block", string(b)) != nil || checkUser(string(u)) != nil || strictJSON(value, &r) != nil {
-		return "", "", kind.Errorf(kind.Corrupt, "record %.80q of a reader is damaged", key)
+	if !found || strictJSON(value, &r) != nil || checkBlock(Block{r.Target, string(b)}) != nil || checkUser(string(u)) != nil {
+		return Block{}, "", kind.Errorf(kind.Corrupt, "record %.80q of a reader is damaged", key)
 	}
-	return string(b), string(u), nil
+	return Block{r.Target, string(b)}, string(u), nil
 }
 
 func decodeWriter(key, value []byte) (id string, w writerRecord, err error) {
 	if checkName("disk", string(key)) != nil || strictJSON(value, &w) != nil ||
-		checkName("block", w.Block) != nil || checkPath(w.Path) != nil {
+		checkBlock(w.block()) != nil || checkPath(w.Path) != nil {
 		return "", writerRecord{}, kind.Errorf(kind.Corrupt, "record %.80q of a writable disk is damaged", key)
 	}
 	return string(key), w, nil
@@ -85,8 +90,8 @@ func strictJSON(raw []byte, into any) error {
 }
 
 // load reads all records.
-func load(db *statedb.DB) (readers map[string][]string, writers map[string]writerRecord, err error) {
-	readers, writers = make(map[string][]string), make(map[string]writerRecord)
+func load(db *statedb.DB) (readers map[Block][]string, writers map[string]writerRecord, err error) {
+	readers, writers = make(map[Block][]string), make(map[string]writerRecord)
 	err = db.View(func(tx *bbolt.Tx) error {
 		err := tx.Bucket(readersBucket).ForEach(func(k, v []byte) error {
 			block, user, err := decodeReader(k, v)
@@ -109,12 +114,12 @@ func load(db *statedb.DB) (readers map[string][]string, writers map[string]write
 	return readers, writers, err
 }
 
-func (m *Manager) putReader(block, user string) error {
-	raw, err := json.Marshal(readerRecord{SinceUnixNanos: m.o.Now().UnixNano()})
+func (m *Manager) putReader(block Block, user string) error {
+	raw, err := json.Marshal(readerRecord{Target: block.Target, SinceUnixNanos: m.o.Now().UnixNano()})
 	if err != nil {
 		return err
 	}
-	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(readersBucket).Put(readerKey(block, user), raw) })
+	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(readersBucket).Put(readerKey(block.Name, user), raw) })
 }
 
 func (m *Manager) dropReader(block, user string) error {
@@ -132,6 +137,19 @@ func (m *Manager) putWriter(id string, w writerRecord) error {
 
 func (m *Manager) dropWriter(id string) error {
 	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(writersBucket).Delete([]byte(id)) })
+}
+
+func (w writerRecord) block() Block { return Block{w.Target, w.Block} }
+
+// checkBlock holds a target's name to what configurations and annotations allow, and
+// the block's to what lvols may be called.
+func checkBlock(b Block) error {
+	if len(b.Target) > maxTargetBytes || strings.ContainsFunc(b.Target, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '.' || r == '-')
+	}) {
+		return kind.Errorf(kind.Invalid, "target name %.160q: must be at most %d of a-z 0-9 . -", b.Target, maxTargetBytes)
+	}
+	return checkName("block", b.Name)
 }
 
 // checkName holds names of blocks and disks to 1 to 128 of [A-Za-z0-9._-], what

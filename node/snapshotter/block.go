@@ -16,6 +16,7 @@ import (
 
 	"github.com/thaw-project/thaw/image/block"
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/node/imagemgmt"
 	"github.com/thaw-project/thaw/node/mount"
 	"github.com/thaw-project/thaw/node/present"
 )
@@ -24,10 +25,12 @@ import (
 // block; which snapshots are behind it is in the records.
 const attachUser = "snapshotter"
 
-// blockRef is a block and the file system in it.
+// blockRef is a block, the file system in it, and the target that stores it. The name
+// alone decides which block it is; who only takes one away needs no more.
 type blockRef struct {
-	name string
-	fs   block.Filesystem
+	name   string
+	fs     block.Filesystem
+	target string
 }
 
 const blockPrefix = "block/"
@@ -57,7 +60,7 @@ func (b blockMount) up(ctx context.Context) (string, error) {
 	if !validName(b.name) {
 		return "", kind.Errorf(kind.Invalid, "mount block %.80q: not a block name", b.name)
 	}
-	disk, err := b.s.o.Images.Attach(ctx, b.name, attachUser)
+	disk, err := b.s.o.Images.Attach(ctx, imagemgmt.Block{Target: b.target, Name: b.name}, attachUser)
 	if err != nil {
 		return "", fmt.Errorf("attach block %s: %w", b.name, err)
 	}

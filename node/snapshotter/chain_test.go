@@ -88,9 +88,9 @@ func newChain(t testing.TB, dir, blocks string) *chain {
 		t.Fatal(err)
 	}
 	c.manager, err = imagemgmt.New(imagemgmt.Options{
-		Presenter: c.presenter, DBPath: filepath.Join(dir, "imagemgmt.db"),
-		Lookup: func(_ context.Context, block string) error {
-			if _, err := os.Stat(filepath.Join(blocks, block)); err != nil {
+		Presenter: c.presenter, DBPath: filepath.Join(dir, "imagemgmt.db"), Own: "local",
+		Lookup: func(_ context.Context, block imagemgmt.Block) error {
+			if _, err := os.Stat(filepath.Join(blocks, block.Name)); err != nil {
 				return kind.Wrap(kind.NotFound, err)
 			}
 			return nil

@@ -149,7 +149,7 @@ func (s *Snapshotter) formFor(c creation, chain []link) record {
 	}
 	switch base := chain[0].Remote.base(); {
 	case base.fs == block.Ext4:
-		return record{Form: formDisk, Disk: &diskInfo{Backing: base.name, Layout: layoutRoot}}
+		return record{Form: formDisk, Disk: &diskInfo{Backing: base.name, Target: base.target, Layout: layoutRoot}}
 	case s.o.ScratchBlock != "":
 		return record{Form: formDisk, Disk: &diskInfo{Backing: s.o.ScratchBlock, Layout: layoutUpper}}
 	}
@@ -237,7 +237,7 @@ func (s *Snapshotter) scratchSize(ctx context.Context) (int64, error) {
 	if n := s.scratchBytes.Load(); n > 0 {
 		return n, nil
 	}
-	disk, err := s.o.Images.Attach(ctx, s.o.ScratchBlock, attachUser)
+	disk, err := s.o.Images.Attach(ctx, imagemgmt.Block{Name: s.o.ScratchBlock}, attachUser)
 	if err != nil {
 		return 0, err
 	}

@@ -57,7 +57,7 @@ func (d disk) up(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	shown, err := d.s.o.Images.AttachWritable(ctx, info.Backing, d.path(), d.diskID())
+	shown, err := d.s.o.Images.AttachWritable(ctx, info.block(), d.path(), d.diskID())
 	if err != nil {
 		return "", fmt.Errorf("attach disk of snapshot %s: %w", d.id, err)
 	}
@@ -181,7 +181,7 @@ func (d disk) clean(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	shown, err := d.s.o.Images.AttachWritable(ctx, info.Backing, d.path(), d.diskID())
+	shown, err := d.s.o.Images.AttachWritable(ctx, info.block(), d.path(), d.diskID())
 	if err != nil {
 		return fmt.Errorf("attach disk of snapshot %s: %w", d.id, err)
 	}

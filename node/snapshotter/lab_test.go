@@ -109,7 +109,8 @@ func (s *fakeStorage) use(block, user string) error {
 	return s.save()
 }
 
-func (s *fakeStorage) Attach(ctx context.Context, block, user string) (present.Disk, error) {
+func (s *fakeStorage) Attach(ctx context.Context, b imagemgmt.Block, user string) (present.Disk, error) {
+	block := b.Name
 	s.mu.Lock()
 	hook := s.attach
 	s.attaches[block]++
@@ -221,7 +222,8 @@ func (s *fakeStorage) List(context.Context) (all []imagemgmt.Attachment, err err
 	return all, nil
 }
 
-func (s *fakeStorage) AttachWritable(_ context.Context, block, path, id string) (present.Disk, error) {
+func (s *fakeStorage) AttachWritable(_ context.Context, b imagemgmt.Block, path, id string) (present.Disk, error) {
+	block := b.Name
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if _, err := os.Stat(path); err != nil {
@@ -310,7 +312,7 @@ func shortDir(t testing.TB) string {
 func labOptions(dir string, st imagemgmt.Service) Options {
 	return Options{
 		Root: filepath.Join(dir, "snapshotter"), MountDir: filepath.Join(dir, "mnt"),
-		Images: st, Target: "local", ScratchBlock: scratchBlock,
+		Images: st, Targets: []string{"local"}, ScratchBlock: scratchBlock,
 		linger: time.Nanosecond, patience: time.Hour,
 		createDisk: func(path, _ string, sizeBytes int64) error {
 			return os.WriteFile(path, fmt.Appendf(nil, "%d", sizeBytes), 0o600)

@@ -17,6 +17,7 @@ import (
 	"github.com/thaw-project/thaw/image/annotation"
 	"github.com/thaw-project/thaw/image/block"
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/node/imagemgmt"
 )
 
 // What the snapshotter must remember beyond containerd's own metadata is in buckets
@@ -99,19 +100,24 @@ func (r *remoteInfo) top() bool { return r.Index == r.Count-1 }
 // its containers share, or for a lower layer the layer's own.
 func (r *remoteInfo) base() blockRef {
 	if r.top() {
-		return blockRef{r.Leaf, r.Filesystem}
+		return blockRef{r.Leaf, r.Filesystem, r.Target}
 	}
-	return blockRef{r.Block, r.Filesystem}
+	return blockRef{r.Block, r.Filesystem, r.Target}
 }
 
 type diskInfo struct {
-	Backing   string     `json:"backing"`
+	Backing string `json:"backing"`
+	// Target stores Backing; empty is this machine's own store.
+	Target    string     `json:"target,omitempty"`
 	Layout    diskLayout `json:"layout"`
 	Committed bool       `json:"committed"`
 	// UID and GID own the root directory of an overlay on the disk.
 	UID int `json:"uid,omitempty"`
 	GID int `json:"gid,omitempty"`
 }
+
+// block is what the disk is over.
+func (d *diskInfo) block() imagemgmt.Block { return imagemgmt.Block{Target: d.Target, Name: d.Backing} }
 
 // link is one snapshot of a chain.
 type link struct {

@@ -72,8 +72,8 @@ func (s *Snapshotter) prepareRemote(ctx context.Context, target, key, parent str
 		return false, "", nil
 	case parseErr != nil:
 		return fallBack(reasonLabels, parseErr)
-	case ref.Target != s.o.Target:
-		return fallBack(reasonTarget, kind.Errorf(kind.NotFound, "the image is on target %q, this node knows %q", ref.Target, s.o.Target))
+	case !slices.Contains(s.o.Targets, ref.Target):
+		return fallBack(reasonTarget, kind.Errorf(kind.NotFound, "the image is on target %q, this node knows %q", ref.Target, s.o.Targets))
 	case elsewhere:
 		return fallBack(reasonConflict, kind.Errorf(kind.Exists, "snapshot %q is there on another parent", target))
 	case parentFellBack == ref.Leaf:
@@ -85,7 +85,7 @@ func (s *Snapshotter) prepareRemote(ctx context.Context, target, key, parent str
 	}
 
 	info := remoteOf(ref)
-	leafMount := s.blockMount(blockRef{ref.Leaf, ref.Filesystem})
+	leafMount := s.blockMount(blockRef{ref.Leaf, ref.Filesystem, ref.Target})
 	release, err := s.attachLeaf(ctx, leafMount, *info)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -167,7 +167,7 @@ func (s *Snapshotter) protect(ctx context.Context, leaf string) error {
 	if err != nil || member.id == "" {
 		return err
 	}
-	own := s.blockMount(blockRef{member.Remote.Block, member.Remote.Filesystem})
+	own := s.blockMount(blockRef{member.Remote.Block, member.Remote.Filesystem, member.Remote.Target})
 	_, release, err := s.shared.acquire(ctx, own)
 	switch {
 	case err == nil:

@@ -55,7 +55,7 @@ func (l *lab) reboot(forget bool) {
 	for block, st := range l.storage.state {
 		for _, user := range st.Users { // as image-mgmt does at start
 			if user == attachUser {
-				must(l.storage.Attach(l.t.Context(), block, user))(l.t)
+				must(l.storage.Attach(l.t.Context(), imagemgmt.Block{Name: block}, user))(l.t)
 			}
 		}
 	}
@@ -301,7 +301,7 @@ type downService struct {
 
 var errDown = kind.Errorf(kind.Unavailable, "injected")
 
-func (s *downService) Attach(ctx context.Context, block, user string) (d present.Disk, err error) {
+func (s *downService) Attach(ctx context.Context, block imagemgmt.Block, user string) (d present.Disk, err error) {
 	if s.down.Load() {
 		return d, errDown
 	}

@@ -46,9 +46,9 @@ type Options struct {
 	Images imagemgmt.Service
 	// Mounter is the kernel's, nil takes the real one.
 	Mounter Mounter
-	// Target is the name under which this node knows its storage; annotations that
-	// name another fall back to ordinary layers.
-	Target string
+	// Targets are the names of the targets that this node can attach blocks of;
+	// annotations that name another fall back to ordinary layers.
+	Targets []string
 	// AttachTimeout bounds attaching and mounting one block, 10 s if 0.
 	AttachTimeout time.Duration
 	// LeafHold is how long an image's leaf block stays attached after the last
