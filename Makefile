@@ -11,6 +11,9 @@ FUZZTIME ?= 60s
 ROUNDS   ?= 200
 PACKAGES ?= ./...
 
+# What has tests in a guest: those that call guest.New.
+VM_PACKAGES ?= $(shell grep -rl --include='*_test.go' 'e2e/guest"' . | xargs -r -n1 dirname | sort -u)
+
 # The tools are built when their versions change, which tools/go.mod and go.sum name.
 TOOLS_STAMP := bin/.tools-$(shell cat tools/go.mod tools/go.sum | sha256sum | cut -c1-16)
 
@@ -59,6 +62,12 @@ unit: ## the tests that need no containerd
 .PHONY: e2e
 e2e: deps tools build ## the end-to-end tests
 	@THAW_E2E=1 go test -json -count=1 -timeout 40m ./e2e | go run ./e2e/report -live /e2e
+
+.PHONY: test-vm
+test-vm: deps tools build ## the tests that need another kernel, in a virtual machine without KVM (root)
+	@tools/install-deps guest
+	@go run ./e2e/guest/try
+	@THAW_VM=1 go test -json -count=1 -p 1 -timeout 30m $(VM_PACKAGES) | go run ./e2e/report -live /e2e/guest
 
 .PHONY: test
 test: ## everything CI runs: lint, all tests, end-to-end tests; installs what it needs

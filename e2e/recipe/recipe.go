@@ -274,6 +274,19 @@ func aptOptions(ctx context.Context) ([]string, error) {
 }
 
 func bootstrap(ctx context.Context, tree string, packages []string) error {
+	if err := mmdebstrap(ctx, tree, packages, "--variant=minbase"); err != nil {
+		return err
+	}
+	return plain(tree)
+}
+
+// Extract unpacks Debian packages and what they depend on into tree, from the archives
+// that this machine's apt uses, and runs none of their scripts. Needs root.
+func Extract(ctx context.Context, tree string, packages []string) error {
+	return mmdebstrap(ctx, tree, packages, "--variant=extract", "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr")
+}
+
+func mmdebstrap(ctx context.Context, tree string, packages []string, how ...string) error {
 	lines, release, err := sources(ctx)
 	if err != nil {
 		return err
@@ -285,7 +298,7 @@ func bootstrap(ctx context.Context, tree string, packages []string) error {
 	if err != nil {
 		return err
 	}
-	args := []string{"--quiet", "--mode=root", "--variant=minbase", "--include=" + strings.Join(packages, ",")}
+	args := append([]string{"--quiet", "--mode=root", "--include=" + strings.Join(packages, ",")}, how...)
 	for _, o := range options {
 		args = append(args, "--aptopt="+o)
 	}
@@ -295,10 +308,7 @@ func bootstrap(ctx context.Context, tree string, packages []string) error {
 	}
 	c := exec.CommandContext(ctx, "mmdebstrap", args...)
 	c.Stdin = strings.NewReader(lines)
-	if err := output(c); err != nil {
-		return err
-	}
-	return plain(tree)
+	return output(c)
 }
 
 // install runs the host's apt against the tree, which needs no network, keys or

@@ -1,0 +1,178 @@
+package guest_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/thaw-project/thaw/e2e/guest"
+	"github.com/thaw-project/thaw/kind"
+)
+
+func Example() {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	defer cancel()
+	g, err := guest.Start(ctx, guest.Options{Modules: []string{"nvme-tcp"}})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer g.Close()
+	out, code, err := g.Run(ctx, "lsmod | grep -c ^nvme_tcp")
+	fmt.Println(strings.TrimSpace(out), code, err)
+	// No line "Output:" here, so that this is compiled and not run: tests that start
+	// guests run on demand.
+}
+
+// TestGuest shows what the package promises, in one guest.
+func TestGuest(t *testing.T) {
+	folder := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(folder, "sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(folder, "sub/file"), []byte("from here"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	raw := filepath.Join(folder, "raw")
+	if err := os.WriteFile(raw, []byte(strings.Repeat("0123456789abcdef", 1<<16)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+
+	g := guest.New(t, guest.Options{
+		Modules:   []string{"loop", "ext4"},
+		Files:     map[string]string{"folder": folder, "file": filepath.Join(folder, "sub/file")},
+		ScratchMB: 1024,
+		Disks:     []guest.Disk{{Name: "raw", Path: raw}},
+		Forward:   []int{7000},
+	})
+	ctx := t.Context()
+
+	t.Run("output and status", func(t *testing.T) {
+		out, code, err := g.Run(ctx, "echo out; echo err >&2; exit 7")
+		if out != "out\nerr\n" || code != 7 || err != nil {
+			t.Errorf("got %q, %d, %v", out, code, err)
+		}
+		if _, code, err := g.Run(ctx, "kill -TERM $$"); code != 128+int(syscall.SIGTERM) || err != nil {
+			t.Errorf("killed by SIGTERM: got %d, %v", code, err)
+		}
+	})
+	t.Run("files", func(t *testing.T) {
+		if out := g.Must(t, "cat /host/folder/sub/file; echo; cat /host/file"); out != "from here\nfrom here" {
+			t.Errorf("got %q", out)
+		}
+		content := strings.Repeat("x", 100<<10) + "end"
+		if err := g.WriteFile(ctx, "/tmp/new/folder/file", 0o640, strings.NewReader(content)); err != nil {
+			t.Fatal(err)
+		}
+		if out := g.Must(t, "stat -c %s-%a /tmp/new/folder/file; tail -c 3 /tmp/new/folder/file"); out != fmt.Sprintf("%d-640\nend", len(content)) {
+			t.Errorf("got %q", out)
+		}
+	})
+	t.Run("disks", func(t *testing.T) {
+		out := g.Must(t, "head -c 16 /dev/disk/raw; echo; printf written | dd of=/dev/disk/raw conv=fsync,notrunc 2>&1 | tail -1 | cut -c1-1; stat -f -c %T /scratch; touch /scratch/f")
+		if !strings.HasPrefix(out, "0123456789abcdef\n") || !strings.HasSuffix(out, "ext2/ext3\n") {
+			t.Errorf("got %q", out)
+		}
+		b, err := os.ReadFile(raw)
+		if err != nil || string(b[:16]) != "written789abcdef" {
+			t.Errorf("the disk's file begins with %q: %v", b[:16], err)
+		}
+	})
+	t.Run("commands at a time", func(t *testing.T) {
+		// Each waits for the other's file: one after the other they would not end.
+		ctx, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		first, err := g.Start(ctx, "touch /tmp/a; until [ -e /tmp/b ]; do sleep 0.1; done", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, code, err := g.Run(ctx, "touch /tmp/b; until [ -e /tmp/a ]; do sleep 0.1; done"); code != 0 || err != nil {
+			t.Error(code, err)
+		}
+		if code, err := first.Wait(ctx); code != 0 || err != nil {
+			t.Error(code, err)
+		}
+	})
+	t.Run("network", func(t *testing.T) {
+		go func() { // ends with the listener
+			c, err := listener.Accept()
+			if err == nil {
+				_, _ = io.WriteString(c, "hello from the host")
+				c.Close()
+			}
+		}()
+		_, port, _ := net.SplitHostPort(listener.Addr().String())
+		if out := g.Must(t, "exec 3<>/dev/tcp/"+guest.HostAddress+"/"+port+"; cat <&3"); out != "hello from the host" {
+			t.Errorf("the guest read %q", out)
+		}
+		server, err := g.Start(ctx, "busybox nc -l -p 7000 -e echo hello from the guest", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.Must(t, "until ss -ltnH | grep -q :7000; do sleep 0.1; done")
+		c, err := net.Dial("tcp", g.Address(7000))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if b, err := io.ReadAll(c); string(b) != "hello from the guest\n" {
+			t.Errorf("read %q from the guest: %v", b, err)
+		}
+		if code, err := server.Wait(ctx); code != 0 || err != nil {
+			t.Error(code, err)
+		}
+	})
+	t.Run("cancel", func(t *testing.T) {
+		ctx, cancel := context.WithCancel(ctx)
+		p, err := g.Start(ctx, "sleep 1000 & echo started; wait", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for p.Output() == "" {
+			time.Sleep(10 * time.Millisecond)
+		}
+		cancel()
+		if _, err := p.Wait(ctx); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "started") {
+			t.Errorf("got %v", err)
+		}
+		if out := g.Must(t, "pgrep -c -x sleep || true"); out != "0\n" {
+			t.Errorf("%s processes are left", out)
+		}
+	})
+	t.Run("a background child does not hold the command", func(t *testing.T) {
+		if out := g.Must(t, "sleep 1000 & echo $!"); out == "" {
+			t.Error("no output")
+		}
+		g.Must(t, "pkill -x sleep")
+	})
+	// Last, since it ends the guest.
+	t.Run("panic", func(t *testing.T) {
+		_, _, err := g.Run(ctx, "echo c >/proc/sysrq-trigger; sleep 100")
+		if !errors.Is(err, kind.Unavailable) || !strings.Contains(err.Error(), "sysrq triggered crash") {
+			t.Errorf("a crash of the guest gave %v", err)
+		}
+		if _, _, err := g.Run(ctx, "true"); !errors.Is(err, kind.Unavailable) {
+			t.Errorf("after a crash: %v", err)
+		}
+	})
+}
+
+func TestOptions(t *testing.T) {
+	_, err := guest.Start(t.Context(), guest.Options{Disks: []guest.Disk{{Name: "root", Path: "/dev/null"}}})
+	if !errors.Is(err, kind.Invalid) {
+		t.Errorf("a disk called root: %v", err)
+	}
+}
