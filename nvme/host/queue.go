@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/nvme"
+	"github.com/thaw-project/thaw/sockio"
 )
 
 const (
@@ -80,6 +82,8 @@ type queue struct {
 	once  sync.Once
 	done  chan struct{} // closed when the reader has ended
 	err   error         // valid once dead is closed
+
+	busy atomic.Int32 // commands in flight
 
 	wmu      sync.Mutex
 	space    sync.Cond
@@ -192,6 +196,8 @@ func (q *queue) do(cmd *nvme.Command, dir direction, data []byte) (nvme.Completi
 			cmd.SGL.ID = nvme.SGLInCapsule
 		}
 	}
+	q.busy.Add(1)
+	defer q.busy.Add(-1)
 	q.wmu.Lock()
 	q.waitSpace()
 	b := q.grow(nvme.MaxHeaderLen + 128)
@@ -274,6 +280,13 @@ func (q *queue) flush() {
 		return
 	}
 	q.flushing = true
+	if q.busy.Load() > 1 {
+		// Answers come many at a time and wake as many callers, whose next commands
+		// then go in one write instead of one each.
+		q.wmu.Unlock()
+		runtime.Gosched()
+		q.wmu.Lock()
+	}
 	for len(q.out) > 0 {
 		b := q.out
 		q.out = q.spare[:0]
@@ -304,7 +317,7 @@ func (q *queue) await() {
 // read is the queue's reader. When it ends it ends all commands.
 func (q *queue) read() {
 	defer close(q.done)
-	r := bufio.NewReaderSize(q.nc, receiveBytes)
+	r := bufio.NewReaderSize(sockio.NewReader(q.nc), receiveBytes)
 	for {
 		if err := q.pdu(r); err != nil {
 			q.fail(err)

@@ -11,6 +11,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/thaw-project/thaw/sockio"
 )
 
 // stream is a connection as the transmission phase sees it. One goroutine receives;
@@ -57,6 +59,7 @@ type socket struct {
 
 	armed     time.Time // the read deadline set for recv
 	received  func(uintptr) bool
+	poller    sockio.Poller
 	p         []byte // where received puts data
 	n         int
 	recvErrno syscall.Errno
@@ -89,9 +92,16 @@ func newSocket(conn net.Conn) *socket {
 	if u, ok := conn.(*net.UnixConn); ok {
 		u.SetWriteBuffer(sendBytes)
 	}
-	s.received = func(uintptr) bool {
+	try := func() bool {
 		s.n, s.recvErrno = recvfrom(s.fd, s.p, unix.MSG_DONTWAIT)
 		return s.recvErrno != unix.EAGAIN
+	}
+	s.received = func(uintptr) bool {
+		if try() {
+			s.poller.Done()
+			return true
+		}
+		return s.poller.Wait(try)
 	}
 	s.readable = func(uintptr) bool {
 		var b [1]byte
@@ -107,7 +117,7 @@ func newSocket(conn net.Conn) *socket {
 
 func recvfrom(fd int, p []byte, flags int) (int, syscall.Errno) {
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), uintptr(flags), 0, 0)
+		n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), uintptr(flags), 0, 0)
 		if errno != unix.EINTR {
 			return int(n), errno
 		}

@@ -413,7 +413,14 @@ func (t *Target) discoveryLog(c *conn) []byte {
 			continue
 		}
 		for _, a := range s.addresses() {
+			l := t.listeners[a]
 			host, port, _ := net.SplitHostPort(a) // as net.Listen wrote it
+			if l.told != "" {
+				h, p, _ := net.SplitHostPort(l.told) // as canonical wrote it
+				if host = h; p != "0" {
+					port = p
+				}
+			}
 			ip := net.ParseIP(host)
 			if ip.IsUnspecified() {
 				// What a host can use is the address it came to.
@@ -428,7 +435,7 @@ func (t *Target) discoveryLog(c *conn) []byte {
 			if _, err := strconv.Atoi(port); err != nil {
 				continue
 			}
-			e := nvme.DiscoveryEntry{Transport: nvme.TransportTCP, Family: family, SubType: nvme.SubNVM, TREQ: nvme.TREQNoFlow, PortID: t.listeners[a].port,
+			e := nvme.DiscoveryEntry{Transport: nvme.TransportTCP, Family: family, SubType: nvme.SubNVM, TREQ: nvme.TREQNoFlow, PortID: l.port,
 				CNTLID: nvme.CNTLIDDynamic, AdminSQSize: AdminDepth, Service: port, SubNQN: nqn, Address: host}
 			page = append(page, make([]byte, nvme.DiscoveryLen)...)
 			e.Put(page[len(page)-nvme.DiscoveryLen:])

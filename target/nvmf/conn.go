@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/thaw-project/thaw/nvme"
+	"github.com/thaw-project/thaw/sockio"
 )
 
 // Each command on a device may hold an operating system thread, of which Go gives a
@@ -27,8 +28,9 @@ const maxPending = 1 << 20
 type conn struct {
 	t    *Target
 	ln   *listener
-	nc   net.Conn // what PDUs go through
-	raw  net.Conn // what was accepted: closing it ends both
+	nc   net.Conn       // what PDUs go through
+	raw  net.Conn       // what was accepted: closing it ends both
+	in   *sockio.Reader // of nc
 	work work
 
 	// Only the reader uses these.
@@ -240,6 +242,7 @@ func (c *conn) serve() error {
 		}
 		c.nc = nc
 	}
+	c.in = sockio.NewReader(c.nc)
 	if err := c.handshake(); err != nil {
 		return err
 	}
@@ -300,7 +303,7 @@ func (c *conn) fill(need int) error {
 		if c.w > c.r {
 			c.partial.Store(c.clock())
 		}
-		n, err := c.nc.Read(c.rbuf[c.w:])
+		n, err := c.in.Read(c.rbuf[c.w:])
 		c.partial.Store(0)
 		if err != nil {
 			if err == io.EOF && c.w > c.r {
@@ -322,7 +325,7 @@ func (c *conn) take(p []byte) error {
 	}
 	c.flushBatch()
 	c.partial.Store(c.clock())
-	_, err := io.ReadFull(c.nc, p[n:])
+	_, err := io.ReadFull(c.in, p[n:])
 	c.partial.Store(0)
 	return err
 }

@@ -426,6 +426,12 @@ func (t *Target) AllowAnyHost(nqn string, allow bool) error {
 type ListenerConfig struct {
 	Address string // IP address and port; port 0 takes a free one
 
+	// Advertise is the address and port that the discovery log gives instead, for hosts
+	// that reach this one through a translation of addresses; port 0 is the one that was
+	// taken. Default: Address, or for an unspecified one the address that the host came
+	// to. Subsystems that share an address share the first one's.
+	Advertise string
+
 	// Upgrade, when set, turns an accepted connection into the one that speaks
 	// NVMe/TCP: the place of TLS (TCP 3.6.1.4 and 3.6.1.5). It runs on the
 	// connection's goroutine under the handshake timeout of ctx. Subsystems that share an
@@ -436,6 +442,7 @@ type ListenerConfig struct {
 type listener struct {
 	nl      net.Listener
 	upgrade func(context.Context, net.Conn) (net.Conn, error)
+	told    string // what discovery tells instead of the address, if anything
 	port    uint16 // PORTID
 	users   int    // subsystems, guarded by Target.mu
 }
@@ -447,6 +454,11 @@ func (t *Target) AddListener(nqn string, lc ListenerConfig) (string, error) {
 	var err error
 	if lc.Address, err = canonical(lc.Address); err != nil {
 		return "", err
+	}
+	if lc.Advertise != "" {
+		if lc.Advertise, err = canonical(lc.Advertise); err != nil {
+			return "", err
+		}
 	}
 	s, err := t.subsystem(nqn)
 	if err != nil {
@@ -464,7 +476,7 @@ func (t *Target) AddListener(nqn string, lc ListenerConfig) (string, error) {
 			return "", fmt.Errorf("listen at %s for %s: %w", lc.Address, nqn, err)
 		}
 		t.nextPort++
-		l = &listener{nl: nl, upgrade: lc.Upgrade, port: t.nextPort}
+		l = &listener{nl: nl, upgrade: lc.Upgrade, told: lc.Advertise, port: t.nextPort}
 		lc.Address = nl.Addr().String()
 		t.listeners[lc.Address] = l
 		t.wg.Add(1)
