@@ -433,3 +433,28 @@ func TestAnyAddress(t *testing.T) {
 	l.must(l.t1.RemoveListener(subNQN, addr))
 	up(false, true)
 }
+
+// TestAdvertise gives discovery another address than the one it listens at.
+func TestAdvertise(t *testing.T) {
+	l := newLab(t, nvmf.Options{})
+	addr, err := l.t1.AddListener(subNQN, nvmf.ListenerConfig{Address: "127.0.0.1:0", Advertise: "192.0.2.7:0"})
+	l.must(err)
+	_, port, err := net.SplitHostPort(addr)
+	l.must(err)
+	_, err = l.t1.AddListener(subNQN, nvmf.ListenerConfig{Address: "127.0.0.1:0", Advertise: "[2001:db8::1]:4420"})
+	l.must(err)
+	found, err := host.Discover(context.Background(), addr, host.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := map[string]bool{}
+	for _, e := range found {
+		told[net.JoinHostPort(e.Address, e.Service)] = true
+	}
+	if len(told) != 3 || !told[l.addr] || !told["192.0.2.7:"+port] || !told["[2001:db8::1]:4420"] {
+		t.Errorf("discovery tells %v", told)
+	}
+	if _, err := l.t1.AddListener(subNQN, nvmf.ListenerConfig{Address: "127.0.0.1:0", Advertise: "storage.example:4420"}); !errors.Is(err, kind.Invalid) {
+		t.Errorf("a name as advertised address: %v", err)
+	}
+}
