@@ -157,10 +157,20 @@ func mapRun(t *testing.T, seed uint64) (owned int) {
 	ok(t, err)
 	defer func() { s.Close() }()
 	g, m, keys := newGenerator(seed, 5<<20), newModel(), seen{}
+	var next []op
 	for step := range 150 {
 		op := g.op(m)
-		if r.IntN(3) == 0 && len(m.lvols) > 0 { // more of what moves deltas
+		if len(next) > 0 {
+			op, next = next[0], next[1:]
+		} else if r.IntN(3) == 0 && len(m.lvols) > 0 { // more of what moves deltas
 			op.verb, op.name, op.to = []string{"snapshot", "clone", "delete", "readonly"}[r.IntN(4)], g.used(m), g.name()
+			if op.verb == "readonly" { // seen read-only, changed, and seen again
+				thaw, write, freeze := op, op, op
+				op.cut, thaw.cut, freeze.cut = true, false, true
+				write.verb = "write"
+				write.off, write.n = g.span(m, op.name)
+				next = append(next, thaw, write, freeze)
+			}
 		}
 		if len(m.lvols) > 6 && (op.verb == "create" || op.verb == "clone" || op.verb == "snapshot") {
 			continue
