@@ -65,6 +65,7 @@ type LvolStore interface {
 	List() ([]lvol.Info, error)
 	Stat() lvol.Stat
 	Check(ctx context.Context, o lvol.CheckOptions) (lvol.Report, error)
+	Map(name string, offset int64, maxRuns int) (lvol.BlockMap, error)
 }
 
 // Options says what an Attacher works with.

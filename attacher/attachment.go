@@ -390,3 +390,56 @@ func (a *Attacher) ListAttachments(ctx context.Context, r *attacherv1.ListAttach
 func (e Export) proto(r attachmentRecord) *attacherv1.Attachment {
 	return &attacherv1.Attachment{Block: e.Block, Node: e.Node, Transport: e.Transport, Nsid: e.NSID, CreatedUnixNanos: r.CreatedUnixNanos}
 }
+
+// mapRuns bounds the runs in one answer: with their owners well below a message's
+// limit, and little memory for somebody who asks for many maps at once.
+const mapRuns = 1 << 14
+
+// The owners of runs that have none.
+const (
+	runZeros   = 0
+	runUnowned = 1
+	runOwned   = 2 // and the index of the owner
+)
+
+// GetBlockMap implements attacherv1.NodeServer.
+func (a *Attacher) GetBlockMap(ctx context.Context, r *attacherv1.GetBlockMapRequest) (*attacherv1.BlockMap, error) {
+	node, _, err := caller(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	block := r.GetBlock()
+	if err := checkName("block", block); err != nil {
+		return nil, err
+	}
+	if err := a.enter(); err != nil {
+		return nil, err
+	}
+	defer a.calls.Done()
+	if err := a.exportable(node, block); err != nil {
+		return nil, fmt.Errorf("map of block %s: %w", block, err)
+	}
+	m, err := a.o.Lvols.Map(block, r.GetOffsetBytes(), mapRuns)
+	if err != nil {
+		return nil, err
+	}
+	out := &attacherv1.BlockMap{SizeBytes: m.SizeBytes, ClusterBytes: m.ClusterBytes, NextBytes: m.NextBytes}
+	index := make(map[[16]byte]uint32)
+	for _, run := range m.Runs {
+		owner := uint32(runZeros)
+		switch {
+		case run.Data && run.Owner == [16]byte{}:
+			owner = runUnowned
+		case run.Data:
+			i, ok := index[run.Owner]
+			if !ok {
+				i = uint32(len(out.Owners))
+				index[run.Owner] = i
+				out.Owners = append(out.Owners, run.Owner[:])
+			}
+			owner = runOwned + i
+		}
+		out.Runs = append(out.Runs, &attacherv1.BlockRun{LengthBytes: run.LengthBytes, Owner: owner})
+	}
+	return out, nil
+}

@@ -2234,6 +2234,188 @@ func (x *ListAttachmentsResponse) GetAttachments() []*Attachment {
 	return nil
 }
 
+type GetBlockMapRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Block         string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"`
+	OffsetBytes   int64                  `protobuf:"varint,2,opt,name=offset_bytes,json=offsetBytes,proto3" json:"offset_bytes,omitempty"` // 0, or next_bytes of the part before
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetBlockMapRequest) Reset() {
+	*x = GetBlockMapRequest{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetBlockMapRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetBlockMapRequest) ProtoMessage() {}
+
+func (x *GetBlockMapRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetBlockMapRequest.ProtoReflect.Descriptor instead.
+func (*GetBlockMapRequest) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *GetBlockMapRequest) GetBlock() string {
+	if x != nil {
+		return x.Block
+	}
+	return ""
+}
+
+func (x *GetBlockMapRequest) GetOffsetBytes() int64 {
+	if x != nil {
+		return x.OffsetBytes
+	}
+	return 0
+}
+
+type BlockMap struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SizeBytes     int64                  `protobuf:"varint,1,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the whole block
+	ClusterBytes  int64                  `protobuf:"varint,2,opt,name=cluster_bytes,json=clusterBytes,proto3" json:"cluster_bytes,omitempty"`
+	Owners        [][]byte               `protobuf:"bytes,3,rep,name=owners,proto3" json:"owners,omitempty"`                         // 16 bytes each
+	Runs          []*BlockRun            `protobuf:"bytes,4,rep,name=runs,proto3" json:"runs,omitempty"`                             // without gaps, from the offset that was asked for
+	NextBytes     int64                  `protobuf:"varint,5,opt,name=next_bytes,json=nextBytes,proto3" json:"next_bytes,omitempty"` // where the next part starts; size_bytes after the last
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BlockMap) Reset() {
+	*x = BlockMap{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BlockMap) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BlockMap) ProtoMessage() {}
+
+func (x *BlockMap) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BlockMap.ProtoReflect.Descriptor instead.
+func (*BlockMap) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *BlockMap) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *BlockMap) GetClusterBytes() int64 {
+	if x != nil {
+		return x.ClusterBytes
+	}
+	return 0
+}
+
+func (x *BlockMap) GetOwners() [][]byte {
+	if x != nil {
+		return x.Owners
+	}
+	return nil
+}
+
+func (x *BlockMap) GetRuns() []*BlockRun {
+	if x != nil {
+		return x.Runs
+	}
+	return nil
+}
+
+func (x *BlockMap) GetNextBytes() int64 {
+	if x != nil {
+		return x.NextBytes
+	}
+	return 0
+}
+
+type BlockRun struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	LengthBytes int64                  `protobuf:"varint,1,opt,name=length_bytes,json=lengthBytes,proto3" json:"length_bytes,omitempty"` // whole clusters, but for the end of the block
+	// 0: nothing is allocated, it reads as zeros. 1: data without an owner, not to be
+	// cached. n+2: data of owners[n].
+	Owner         uint32 `protobuf:"varint,2,opt,name=owner,proto3" json:"owner,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BlockRun) Reset() {
+	*x = BlockRun{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BlockRun) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BlockRun) ProtoMessage() {}
+
+func (x *BlockRun) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BlockRun.ProtoReflect.Descriptor instead.
+func (*BlockRun) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *BlockRun) GetLengthBytes() int64 {
+	if x != nil {
+		return x.LengthBytes
+	}
+	return 0
+}
+
+func (x *BlockRun) GetOwner() uint32 {
+	if x != nil {
+		return x.Owner
+	}
+	return 0
+}
+
 var File_attacher_v1_attacher_proto protoreflect.FileDescriptor
 
 const file_attacher_v1_attacher_proto_rawDesc = "" +
@@ -2384,7 +2566,21 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\x16ListAttachmentsRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\"Y\n" +
 	"\x17ListAttachmentsResponse\x12>\n" +
-	"\vattachments\x18\x01 \x03(\v2\x1c.thaw.attacher.v1.AttachmentR\vattachments2\xbe\f\n" +
+	"\vattachments\x18\x01 \x03(\v2\x1c.thaw.attacher.v1.AttachmentR\vattachments\"M\n" +
+	"\x12GetBlockMapRequest\x12\x14\n" +
+	"\x05block\x18\x01 \x01(\tR\x05block\x12!\n" +
+	"\foffset_bytes\x18\x02 \x01(\x03R\voffsetBytes\"\xb5\x01\n" +
+	"\bBlockMap\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x01 \x01(\x03R\tsizeBytes\x12#\n" +
+	"\rcluster_bytes\x18\x02 \x01(\x03R\fclusterBytes\x12\x16\n" +
+	"\x06owners\x18\x03 \x03(\fR\x06owners\x12.\n" +
+	"\x04runs\x18\x04 \x03(\v2\x1a.thaw.attacher.v1.BlockRunR\x04runs\x12\x1d\n" +
+	"\n" +
+	"next_bytes\x18\x05 \x01(\x03R\tnextBytes\"C\n" +
+	"\bBlockRun\x12!\n" +
+	"\flength_bytes\x18\x01 \x01(\x03R\vlengthBytes\x12\x14\n" +
+	"\x05owner\x18\x02 \x01(\rR\x05owner2\xbe\f\n" +
 	"\bAttacher\x12I\n" +
 	"\n" +
 	"CreateLvol\x12#.thaw.attacher.v1.CreateLvolRequest\x1a\x16.thaw.attacher.v1.Lvol\x12G\n" +
@@ -2411,11 +2607,12 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\vPruneBlocks\x12$.thaw.attacher.v1.PruneBlocksRequest\x1a%.thaw.attacher.v1.PruneBlocksResponse\x12F\n" +
 	"\bGetStore\x12!.thaw.attacher.v1.GetStoreRequest\x1a\x17.thaw.attacher.v1.Store\x12W\n" +
 	"\n" +
-	"CheckStore\x12#.thaw.attacher.v1.CheckStoreRequest\x1a$.thaw.attacher.v1.CheckStoreResponse2\x9d\x02\n" +
+	"CheckStore\x12#.thaw.attacher.v1.CheckStoreRequest\x1a$.thaw.attacher.v1.CheckStoreResponse2\xee\x02\n" +
 	"\x04Node\x12Q\n" +
 	"\vAttachBlock\x12$.thaw.attacher.v1.AttachBlockRequest\x1a\x1c.thaw.attacher.v1.Attachment\x12Z\n" +
 	"\vDetachBlock\x12$.thaw.attacher.v1.DetachBlockRequest\x1a%.thaw.attacher.v1.DetachBlockResponse\x12f\n" +
-	"\x0fListAttachments\x12(.thaw.attacher.v1.ListAttachmentsRequest\x1a).thaw.attacher.v1.ListAttachmentsResponseB9Z7github.com/thaw-project/thaw/api/attacher/v1;attacherv1b\x06proto3"
+	"\x0fListAttachments\x12(.thaw.attacher.v1.ListAttachmentsRequest\x1a).thaw.attacher.v1.ListAttachmentsResponse\x12O\n" +
+	"\vGetBlockMap\x12$.thaw.attacher.v1.GetBlockMapRequest\x1a\x1a.thaw.attacher.v1.BlockMapB9Z7github.com/thaw-project/thaw/api/attacher/v1;attacherv1b\x06proto3"
 
 var (
 	file_attacher_v1_attacher_proto_rawDescOnce sync.Once
@@ -2429,7 +2626,7 @@ func file_attacher_v1_attacher_proto_rawDescGZIP() []byte {
 	return file_attacher_v1_attacher_proto_rawDescData
 }
 
-var file_attacher_v1_attacher_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_attacher_v1_attacher_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_attacher_v1_attacher_proto_goTypes = []any{
 	(*Lvol)(nil),                    // 0: thaw.attacher.v1.Lvol
 	(*CreateLvolRequest)(nil),       // 1: thaw.attacher.v1.CreateLvolRequest
@@ -2471,6 +2668,9 @@ var file_attacher_v1_attacher_proto_goTypes = []any{
 	(*DetachBlockResponse)(nil),     // 37: thaw.attacher.v1.DetachBlockResponse
 	(*ListAttachmentsRequest)(nil),  // 38: thaw.attacher.v1.ListAttachmentsRequest
 	(*ListAttachmentsResponse)(nil), // 39: thaw.attacher.v1.ListAttachmentsResponse
+	(*GetBlockMapRequest)(nil),      // 40: thaw.attacher.v1.GetBlockMapRequest
+	(*BlockMap)(nil),                // 41: thaw.attacher.v1.BlockMap
+	(*BlockRun)(nil),                // 42: thaw.attacher.v1.BlockRun
 }
 var file_attacher_v1_attacher_proto_depIdxs = []int32{
 	0,  // 0: thaw.attacher.v1.ListLvolsResponse.lvols:type_name -> thaw.attacher.v1.Lvol
@@ -2479,57 +2679,60 @@ var file_attacher_v1_attacher_proto_depIdxs = []int32{
 	32, // 3: thaw.attacher.v1.CheckStoreResponse.problems:type_name -> thaw.attacher.v1.Problem
 	34, // 4: thaw.attacher.v1.Attachment.portals:type_name -> thaw.attacher.v1.Portal
 	35, // 5: thaw.attacher.v1.ListAttachmentsResponse.attachments:type_name -> thaw.attacher.v1.Attachment
-	1,  // 6: thaw.attacher.v1.Attacher.CreateLvol:input_type -> thaw.attacher.v1.CreateLvolRequest
-	2,  // 7: thaw.attacher.v1.Attacher.CloneLvol:input_type -> thaw.attacher.v1.CloneLvolRequest
-	3,  // 8: thaw.attacher.v1.Attacher.SnapshotLvol:input_type -> thaw.attacher.v1.SnapshotLvolRequest
-	4,  // 9: thaw.attacher.v1.Attacher.GetLvol:input_type -> thaw.attacher.v1.GetLvolRequest
-	5,  // 10: thaw.attacher.v1.Attacher.ListLvols:input_type -> thaw.attacher.v1.ListLvolsRequest
-	7,  // 11: thaw.attacher.v1.Attacher.DeleteLvol:input_type -> thaw.attacher.v1.DeleteLvolRequest
-	9,  // 12: thaw.attacher.v1.Attacher.RenameLvol:input_type -> thaw.attacher.v1.RenameLvolRequest
-	10, // 13: thaw.attacher.v1.Attacher.ResizeLvol:input_type -> thaw.attacher.v1.ResizeLvolRequest
-	11, // 14: thaw.attacher.v1.Attacher.InflateLvol:input_type -> thaw.attacher.v1.InflateLvolRequest
-	12, // 15: thaw.attacher.v1.Attacher.DecoupleLvol:input_type -> thaw.attacher.v1.DecoupleLvolRequest
-	13, // 16: thaw.attacher.v1.Attacher.Hold:input_type -> thaw.attacher.v1.HoldRequest
-	15, // 17: thaw.attacher.v1.Attacher.Export:input_type -> thaw.attacher.v1.ExportRequest
-	17, // 18: thaw.attacher.v1.Attacher.Unexport:input_type -> thaw.attacher.v1.UnexportRequest
-	20, // 19: thaw.attacher.v1.Attacher.PutImage:input_type -> thaw.attacher.v1.PutImageRequest
-	21, // 20: thaw.attacher.v1.Attacher.GetImage:input_type -> thaw.attacher.v1.GetImageRequest
-	22, // 21: thaw.attacher.v1.Attacher.ListImages:input_type -> thaw.attacher.v1.ListImagesRequest
-	24, // 22: thaw.attacher.v1.Attacher.DeleteImage:input_type -> thaw.attacher.v1.DeleteImageRequest
-	26, // 23: thaw.attacher.v1.Attacher.PruneBlocks:input_type -> thaw.attacher.v1.PruneBlocksRequest
-	28, // 24: thaw.attacher.v1.Attacher.GetStore:input_type -> thaw.attacher.v1.GetStoreRequest
-	30, // 25: thaw.attacher.v1.Attacher.CheckStore:input_type -> thaw.attacher.v1.CheckStoreRequest
-	33, // 26: thaw.attacher.v1.Node.AttachBlock:input_type -> thaw.attacher.v1.AttachBlockRequest
-	36, // 27: thaw.attacher.v1.Node.DetachBlock:input_type -> thaw.attacher.v1.DetachBlockRequest
-	38, // 28: thaw.attacher.v1.Node.ListAttachments:input_type -> thaw.attacher.v1.ListAttachmentsRequest
-	0,  // 29: thaw.attacher.v1.Attacher.CreateLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 30: thaw.attacher.v1.Attacher.CloneLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 31: thaw.attacher.v1.Attacher.SnapshotLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 32: thaw.attacher.v1.Attacher.GetLvol:output_type -> thaw.attacher.v1.Lvol
-	6,  // 33: thaw.attacher.v1.Attacher.ListLvols:output_type -> thaw.attacher.v1.ListLvolsResponse
-	8,  // 34: thaw.attacher.v1.Attacher.DeleteLvol:output_type -> thaw.attacher.v1.DeleteLvolResponse
-	0,  // 35: thaw.attacher.v1.Attacher.RenameLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 36: thaw.attacher.v1.Attacher.ResizeLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 37: thaw.attacher.v1.Attacher.InflateLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 38: thaw.attacher.v1.Attacher.DecoupleLvol:output_type -> thaw.attacher.v1.Lvol
-	14, // 39: thaw.attacher.v1.Attacher.Hold:output_type -> thaw.attacher.v1.HoldResponse
-	16, // 40: thaw.attacher.v1.Attacher.Export:output_type -> thaw.attacher.v1.ExportResponse
-	18, // 41: thaw.attacher.v1.Attacher.Unexport:output_type -> thaw.attacher.v1.UnexportResponse
-	19, // 42: thaw.attacher.v1.Attacher.PutImage:output_type -> thaw.attacher.v1.Image
-	19, // 43: thaw.attacher.v1.Attacher.GetImage:output_type -> thaw.attacher.v1.Image
-	23, // 44: thaw.attacher.v1.Attacher.ListImages:output_type -> thaw.attacher.v1.ListImagesResponse
-	25, // 45: thaw.attacher.v1.Attacher.DeleteImage:output_type -> thaw.attacher.v1.DeleteImageResponse
-	27, // 46: thaw.attacher.v1.Attacher.PruneBlocks:output_type -> thaw.attacher.v1.PruneBlocksResponse
-	29, // 47: thaw.attacher.v1.Attacher.GetStore:output_type -> thaw.attacher.v1.Store
-	31, // 48: thaw.attacher.v1.Attacher.CheckStore:output_type -> thaw.attacher.v1.CheckStoreResponse
-	35, // 49: thaw.attacher.v1.Node.AttachBlock:output_type -> thaw.attacher.v1.Attachment
-	37, // 50: thaw.attacher.v1.Node.DetachBlock:output_type -> thaw.attacher.v1.DetachBlockResponse
-	39, // 51: thaw.attacher.v1.Node.ListAttachments:output_type -> thaw.attacher.v1.ListAttachmentsResponse
-	29, // [29:52] is the sub-list for method output_type
-	6,  // [6:29] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	42, // 6: thaw.attacher.v1.BlockMap.runs:type_name -> thaw.attacher.v1.BlockRun
+	1,  // 7: thaw.attacher.v1.Attacher.CreateLvol:input_type -> thaw.attacher.v1.CreateLvolRequest
+	2,  // 8: thaw.attacher.v1.Attacher.CloneLvol:input_type -> thaw.attacher.v1.CloneLvolRequest
+	3,  // 9: thaw.attacher.v1.Attacher.SnapshotLvol:input_type -> thaw.attacher.v1.SnapshotLvolRequest
+	4,  // 10: thaw.attacher.v1.Attacher.GetLvol:input_type -> thaw.attacher.v1.GetLvolRequest
+	5,  // 11: thaw.attacher.v1.Attacher.ListLvols:input_type -> thaw.attacher.v1.ListLvolsRequest
+	7,  // 12: thaw.attacher.v1.Attacher.DeleteLvol:input_type -> thaw.attacher.v1.DeleteLvolRequest
+	9,  // 13: thaw.attacher.v1.Attacher.RenameLvol:input_type -> thaw.attacher.v1.RenameLvolRequest
+	10, // 14: thaw.attacher.v1.Attacher.ResizeLvol:input_type -> thaw.attacher.v1.ResizeLvolRequest
+	11, // 15: thaw.attacher.v1.Attacher.InflateLvol:input_type -> thaw.attacher.v1.InflateLvolRequest
+	12, // 16: thaw.attacher.v1.Attacher.DecoupleLvol:input_type -> thaw.attacher.v1.DecoupleLvolRequest
+	13, // 17: thaw.attacher.v1.Attacher.Hold:input_type -> thaw.attacher.v1.HoldRequest
+	15, // 18: thaw.attacher.v1.Attacher.Export:input_type -> thaw.attacher.v1.ExportRequest
+	17, // 19: thaw.attacher.v1.Attacher.Unexport:input_type -> thaw.attacher.v1.UnexportRequest
+	20, // 20: thaw.attacher.v1.Attacher.PutImage:input_type -> thaw.attacher.v1.PutImageRequest
+	21, // 21: thaw.attacher.v1.Attacher.GetImage:input_type -> thaw.attacher.v1.GetImageRequest
+	22, // 22: thaw.attacher.v1.Attacher.ListImages:input_type -> thaw.attacher.v1.ListImagesRequest
+	24, // 23: thaw.attacher.v1.Attacher.DeleteImage:input_type -> thaw.attacher.v1.DeleteImageRequest
+	26, // 24: thaw.attacher.v1.Attacher.PruneBlocks:input_type -> thaw.attacher.v1.PruneBlocksRequest
+	28, // 25: thaw.attacher.v1.Attacher.GetStore:input_type -> thaw.attacher.v1.GetStoreRequest
+	30, // 26: thaw.attacher.v1.Attacher.CheckStore:input_type -> thaw.attacher.v1.CheckStoreRequest
+	33, // 27: thaw.attacher.v1.Node.AttachBlock:input_type -> thaw.attacher.v1.AttachBlockRequest
+	36, // 28: thaw.attacher.v1.Node.DetachBlock:input_type -> thaw.attacher.v1.DetachBlockRequest
+	38, // 29: thaw.attacher.v1.Node.ListAttachments:input_type -> thaw.attacher.v1.ListAttachmentsRequest
+	40, // 30: thaw.attacher.v1.Node.GetBlockMap:input_type -> thaw.attacher.v1.GetBlockMapRequest
+	0,  // 31: thaw.attacher.v1.Attacher.CreateLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 32: thaw.attacher.v1.Attacher.CloneLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 33: thaw.attacher.v1.Attacher.SnapshotLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 34: thaw.attacher.v1.Attacher.GetLvol:output_type -> thaw.attacher.v1.Lvol
+	6,  // 35: thaw.attacher.v1.Attacher.ListLvols:output_type -> thaw.attacher.v1.ListLvolsResponse
+	8,  // 36: thaw.attacher.v1.Attacher.DeleteLvol:output_type -> thaw.attacher.v1.DeleteLvolResponse
+	0,  // 37: thaw.attacher.v1.Attacher.RenameLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 38: thaw.attacher.v1.Attacher.ResizeLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 39: thaw.attacher.v1.Attacher.InflateLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 40: thaw.attacher.v1.Attacher.DecoupleLvol:output_type -> thaw.attacher.v1.Lvol
+	14, // 41: thaw.attacher.v1.Attacher.Hold:output_type -> thaw.attacher.v1.HoldResponse
+	16, // 42: thaw.attacher.v1.Attacher.Export:output_type -> thaw.attacher.v1.ExportResponse
+	18, // 43: thaw.attacher.v1.Attacher.Unexport:output_type -> thaw.attacher.v1.UnexportResponse
+	19, // 44: thaw.attacher.v1.Attacher.PutImage:output_type -> thaw.attacher.v1.Image
+	19, // 45: thaw.attacher.v1.Attacher.GetImage:output_type -> thaw.attacher.v1.Image
+	23, // 46: thaw.attacher.v1.Attacher.ListImages:output_type -> thaw.attacher.v1.ListImagesResponse
+	25, // 47: thaw.attacher.v1.Attacher.DeleteImage:output_type -> thaw.attacher.v1.DeleteImageResponse
+	27, // 48: thaw.attacher.v1.Attacher.PruneBlocks:output_type -> thaw.attacher.v1.PruneBlocksResponse
+	29, // 49: thaw.attacher.v1.Attacher.GetStore:output_type -> thaw.attacher.v1.Store
+	31, // 50: thaw.attacher.v1.Attacher.CheckStore:output_type -> thaw.attacher.v1.CheckStoreResponse
+	35, // 51: thaw.attacher.v1.Node.AttachBlock:output_type -> thaw.attacher.v1.Attachment
+	37, // 52: thaw.attacher.v1.Node.DetachBlock:output_type -> thaw.attacher.v1.DetachBlockResponse
+	39, // 53: thaw.attacher.v1.Node.ListAttachments:output_type -> thaw.attacher.v1.ListAttachmentsResponse
+	41, // 54: thaw.attacher.v1.Node.GetBlockMap:output_type -> thaw.attacher.v1.BlockMap
+	31, // [31:55] is the sub-list for method output_type
+	7,  // [7:31] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_attacher_v1_attacher_proto_init() }
@@ -2543,7 +2746,7 @@ func file_attacher_v1_attacher_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_attacher_v1_attacher_proto_rawDesc), len(file_attacher_v1_attacher_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   40,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -887,6 +887,7 @@ const (
 	Node_AttachBlock_FullMethodName     = "/thaw.attacher.v1.Node/AttachBlock"
 	Node_DetachBlock_FullMethodName     = "/thaw.attacher.v1.Node/DetachBlock"
 	Node_ListAttachments_FullMethodName = "/thaw.attacher.v1.Node/ListAttachments"
+	Node_GetBlockMap_FullMethodName     = "/thaw.attacher.v1.Node/GetBlockMap"
 )
 
 // NodeClient is the client API for Node service.
@@ -904,6 +905,9 @@ type NodeClient interface {
 	// exist is no error.
 	DetachBlock(ctx context.Context, in *DetachBlockRequest, opts ...grpc.CallOption) (*DetachBlockResponse, error)
 	ListAttachments(ctx context.Context, in *ListAttachmentsRequest, opts ...grpc.CallOption) (*ListAttachmentsResponse, error)
+	// GetBlockMap tells who owns which clusters of a block, for caches: an owner and an
+	// offset mean the same bytes for ever. The map comes in parts.
+	GetBlockMap(ctx context.Context, in *GetBlockMapRequest, opts ...grpc.CallOption) (*BlockMap, error)
 }
 
 type nodeClient struct {
@@ -944,6 +948,16 @@ func (c *nodeClient) ListAttachments(ctx context.Context, in *ListAttachmentsReq
 	return out, nil
 }
 
+func (c *nodeClient) GetBlockMap(ctx context.Context, in *GetBlockMapRequest, opts ...grpc.CallOption) (*BlockMap, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(BlockMap)
+	err := c.cc.Invoke(ctx, Node_GetBlockMap_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // NodeServer is the server API for Node service.
 // All implementations must embed UnimplementedNodeServer
 // for forward compatibility.
@@ -959,6 +973,9 @@ type NodeServer interface {
 	// exist is no error.
 	DetachBlock(context.Context, *DetachBlockRequest) (*DetachBlockResponse, error)
 	ListAttachments(context.Context, *ListAttachmentsRequest) (*ListAttachmentsResponse, error)
+	// GetBlockMap tells who owns which clusters of a block, for caches: an owner and an
+	// offset mean the same bytes for ever. The map comes in parts.
+	GetBlockMap(context.Context, *GetBlockMapRequest) (*BlockMap, error)
 	mustEmbedUnimplementedNodeServer()
 }
 
@@ -977,6 +994,9 @@ func (UnimplementedNodeServer) DetachBlock(context.Context, *DetachBlockRequest)
 }
 func (UnimplementedNodeServer) ListAttachments(context.Context, *ListAttachmentsRequest) (*ListAttachmentsResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method ListAttachments not implemented")
+}
+func (UnimplementedNodeServer) GetBlockMap(context.Context, *GetBlockMapRequest) (*BlockMap, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method GetBlockMap not implemented")
 }
 func (UnimplementedNodeServer) mustEmbedUnimplementedNodeServer() {}
 func (UnimplementedNodeServer) testEmbeddedByValue()              {}
@@ -1053,6 +1073,24 @@ func _Node_ListAttachments_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Node_GetBlockMap_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetBlockMapRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).GetBlockMap(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_GetBlockMap_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).GetBlockMap(ctx, req.(*GetBlockMapRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Node_ServiceDesc is the grpc.ServiceDesc for Node service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1071,6 +1109,10 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListAttachments",
 			Handler:    _Node_ListAttachments_Handler,
+		},
+		{
+			MethodName: "GetBlockMap",
+			Handler:    _Node_GetBlockMap_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
