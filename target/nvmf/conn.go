@@ -34,8 +34,10 @@ type conn struct {
 	work work
 
 	// Only the reader uses these.
-	rbuf    []byte
-	r, w    int // what is received and not yet parsed lies in rbuf[r:w]
+	rbuf    []byte  // small, or big.b while commands with data come fast
+	r, w    int     // what is received and not yet parsed lies in rbuf[r:w]
+	small   []byte  // ReceiveBytes, for as long as the connection lives
+	big     *buffer // nil unless rbuf is in it
 	batch   *buffer
 	uses    map[uint32]*use
 	lastUse *use
@@ -87,7 +89,8 @@ type conn struct {
 }
 
 func newConn(t *Target, l *listener, nc net.Conn) *conn {
-	c := &conn{t: t, ln: l, nc: nc, raw: nc, rbuf: make([]byte, ReceiveBytes), uses: map[uint32]*use{}, born: t.now.Load(), inCap: AdminCapsule,
+	small := make([]byte, ReceiveBytes)
+	c := &conn{t: t, ln: l, nc: nc, raw: nc, rbuf: small, small: small, uses: map[uint32]*use{}, born: t.now.Load(), inCap: AdminCapsule,
 		readMem: t.o.MemoryPerConn / 2, writeMem: t.o.MemoryPerConn / 2, align: 4}
 	c.drained.L, c.freed.L = &c.wmu, &c.mu
 	if t.pool != nil {
@@ -191,7 +194,8 @@ func (c *conn) cleanup(writer *sync.WaitGroup) {
 	}
 	c.pending = nil
 	c.t.pools.put(c.batch)
-	c.batch = nil
+	c.t.pools.put(c.big)
+	c.batch, c.big = nil, nil
 	for _, u := range c.uses {
 		u.ns.unregister(u)
 	}
@@ -243,6 +247,7 @@ func (c *conn) serve() error {
 		c.nc = nc
 	}
 	c.in = sockio.NewReader(c.nc)
+	c.in.Park = c.park
 	if err := c.handshake(); err != nil {
 		return err
 	}
@@ -312,8 +317,30 @@ func (c *conn) fill(need int) error {
 			return err
 		}
 		c.w += n
+		if c.w == len(c.rbuf) && c.big == nil && c.qid != 0 {
+			c.grow()
+		}
 	}
 	return nil
+}
+
+// grow takes a larger receive buffer: the peer sends more than fits the small one, so
+// more can be had with one call.
+func (c *conn) grow() {
+	c.big = c.t.pools.batch()
+	c.w = copy(c.big.b, c.rbuf[c.r:c.w])
+	c.r, c.rbuf = 0, c.big.b
+}
+
+// park gives the large receive buffer back before the reader sleeps in a Read into p,
+// if it is empty.
+func (c *conn) park(p []byte) []byte {
+	if c.big == nil || c.w > 0 || &p[0] != &c.rbuf[0] {
+		return p
+	}
+	c.t.pools.put(c.big)
+	c.big, c.rbuf = nil, c.small
+	return c.small
 }
 
 // take copies the next len(p) bytes to p, from the buffer and then from the socket.
