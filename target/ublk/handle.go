@@ -3,6 +3,7 @@ package ublk
 import (
 	"errors"
 	"io"
+	"math"
 
 	"golang.org/x/sys/unix"
 
@@ -28,7 +29,9 @@ func opName(op uint32) string {
 // handle does what a request asks for, with its data in buf, and returns the result:
 // bytes moved, or a negated errno.
 func (s *Server) handle(d ioDesc, buf []byte) int32 {
-	op, off, length := d.opFlags&opMask, int64(d.startSector)<<sectorShift, int64(d.sectors)<<sectorShift
+	// A sector number too large to shift is as far outside as any.
+	start := min(d.startSector, math.MaxInt64>>sectorShift)
+	op, off, length := d.opFlags&opMask, int64(start)<<sectorShift, int64(d.sectors)<<sectorShift
 	err := s.do(op, d.opFlags&flagFUA != 0, off, length, buf)
 	if err != nil {
 		s.complain(op, off, length, err)
@@ -42,7 +45,7 @@ func (s *Server) handle(d ioDesc, buf []byte) int32 {
 
 func (s *Server) do(op uint32, fua bool, off, length int64, buf []byte) error {
 	size := s.o.Device.SizeBytes()
-	if op != opFlush && (off < 0 || length <= 0 || off > size || length > size-off) {
+	if op != opFlush && (length == 0 || off > size || length > size-off) {
 		return kind.Errorf(kind.Invalid, "%d bytes at %d of a device of %d", length, off, size)
 	}
 	switch op {
