@@ -1,7 +1,6 @@
 package host
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -317,7 +316,7 @@ func (q *queue) await() {
 // read is the queue's reader. When it ends it ends all commands.
 func (q *queue) read() {
 	defer close(q.done)
-	r := bufio.NewReaderSize(sockio.NewReader(q.nc), receiveBytes)
+	r := &reader{src: sockio.NewReader(q.nc), buf: make([]byte, receiveBytes)}
 	for {
 		if err := q.pdu(r); err != nil {
 			q.fail(err)
@@ -331,15 +330,15 @@ func (q *queue) read() {
 	}
 }
 
-func (q *queue) pdu(r *bufio.Reader) error {
-	b, err := r.Peek(nvme.CommonLen)
+func (q *queue) pdu(r *reader) error {
+	b, err := r.peek(nvme.CommonLen)
 	if err != nil {
 		return err
 	}
 	h := nvme.ParseCommon(b)
 	l, err := h.Layout(q.digests, 1<<24)
 	if err == nil {
-		b, err = r.Peek(l.Header)
+		b, err = r.peek(l.Header)
 	}
 	if err == nil && q.digests.Header && l.Header > int(h.HLEN) {
 		err = nvme.CheckHeaderDigest(b, int(h.HLEN))
@@ -370,6 +369,57 @@ func (q *queue) terminate(err error, bad []byte) {
 	}
 }
 
+const (
+	// largeData is from what length on data is worth receiving straight into the
+	// caller's memory, and sip what is received of the PDU that may follow, to learn
+	// its length, once data like that was seen: a full buffer would hold data
+	// again, to be copied.
+	largeData = 32 << 10
+	sip       = 4 << 10
+)
+
+// reader is a buffer in front of a connection.
+type reader struct {
+	src  io.Reader
+	buf  []byte
+	r, w int // what is there and not yet taken is buf[r:w]
+	sips bool
+}
+
+// peek returns the next n bytes, at most sip of them, which stay.
+func (r *reader) peek(n int) ([]byte, error) {
+	for r.w-r.r < n {
+		if r.r == r.w {
+			r.r, r.w = 0, 0
+		} else if len(r.buf)-r.r < n {
+			r.w = copy(r.buf, r.buf[r.r:r.w])
+			r.r = 0
+		}
+		end := len(r.buf)
+		if r.sips {
+			end = min(end, max(r.w+sip, r.r+n))
+		}
+		m, err := r.src.Read(r.buf[r.w:end])
+		if err != nil {
+			return r.buf[r.r:r.w], err
+		}
+		r.w += m
+	}
+	return r.buf[r.r : r.r+n], nil
+}
+
+// discard drops bytes that were peeked at.
+func (r *reader) discard(n int) { r.r += n }
+
+// full fills p.
+func (r *reader) full(p []byte) error {
+	r.sips = len(p) >= largeData
+	n := copy(p, r.buf[r.r:r.w])
+	r.r += n
+	_, err := io.ReadFull(r.src, p[n:])
+	return err
+}
+
 // lookup finds the command of an identifier.
 func (q *queue) lookup(cid uint16, dir direction) (*slot, error) {
 	if int(cid) >= len(q.slots) || !q.slots[cid].active.Load() || dir != none && q.slots[cid].dir != dir {
@@ -395,12 +445,12 @@ func (q *queue) end(s *slot, cqe nvme.Completion) error {
 }
 
 // handle takes one PDU off r, whose header b still lies there.
-func (q *queue) handle(r *bufio.Reader, h *nvme.Common, b []byte, l nvme.Layout) error {
+func (q *queue) handle(r *reader, h *nvme.Common, b []byte, l nvme.Layout) error {
 	switch h.Type {
 	case nvme.TypeCapsuleResp:
 		var cqe nvme.Completion
 		cqe.Parse(b[nvme.CommonLen:])
-		_, _ = r.Discard(l.Header)
+		r.discard(l.Header)
 		if int(cqe.CID) == len(q.slots) && q.onEvent != nil {
 			if cqe.Status.OK() {
 				q.onEvent(uint32(cqe.Result))
@@ -427,23 +477,24 @@ func (q *queue) handle(r *bufio.Reader, h *nvme.Common, b []byte, l nvme.Layout)
 		if h.Flags&nvme.FlagSuccess != 0 && h.Flags&nvme.FlagLast == 0 {
 			return &nvme.PDUError{Status: nvme.FatalInvalidHeader, Info: 1, What: "success before the last PDU"}
 		}
-		if _, err := r.Discard(l.Data); err != nil {
+		if _, err := r.peek(l.Data); err != nil {
 			return err
 		}
+		r.discard(l.Data)
 		p := s.data[s.received : s.received+l.Length]
-		if _, err := io.ReadFull(r, p); err != nil {
+		if err := r.full(p); err != nil {
 			return err
 		}
 		s.received += l.Length
 		if l.Digest > 0 {
-			g, err := r.Peek(nvme.DigestLen)
+			g, err := r.peek(nvme.DigestLen)
 			if err != nil {
 				return err
 			}
 			if nvme.GetDigest(g) != nvme.CRC32C(p) {
 				s.status = nvme.TransientTransport
 			}
-			_, _ = r.Discard(nvme.DigestLen)
+			r.discard(nvme.DigestLen)
 		}
 		if h.Flags&nvme.FlagSuccess != 0 {
 			return q.end(s, nvme.Completion{CID: d.CID})
@@ -462,7 +513,7 @@ func (q *queue) handle(r *bufio.Reader, h *nvme.Common, b []byte, l nvme.Layout)
 			return &nvme.PDUError{Status: nvme.FatalOutOfRange, Info: 12, What: "an R2T for data that does not follow or does not exist"}
 		}
 		s.asked += d.Length
-		_, _ = r.Discard(l.Header)
+		r.discard(l.Header)
 		// One place is kept for the end of the command. Only the reader sends here.
 		if len(s.events) >= maxR2T {
 			return &nvme.PDUError{Status: nvme.FatalLimitExceeded, What: "more R2Ts than agreed"}

@@ -38,6 +38,7 @@ type conn struct {
 	r, w    int     // what is received and not yet parsed lies in rbuf[r:w]
 	small   []byte  // ReceiveBytes, for as long as the connection lives
 	big     *buffer // nil unless rbuf is in it
+	sips    bool    // see sip
 	batch   *buffer
 	uses    map[uint32]*use
 	lastUse *use
@@ -293,6 +294,15 @@ func (c *conn) handshake() error {
 	return nil
 }
 
+const (
+	// largeData is from what length on data is worth receiving straight to where the
+	// device takes it from, and sip what is received of the PDU that may follow, to
+	// learn its length, once data like that was seen: a full buffer would hold data
+	// again, to be copied.
+	largeData = 32 << 10
+	sip       = 4 << 10
+)
+
 // fill reads until need bytes are buffered. What is to be sent is sent before it
 // waits.
 func (c *conn) fill(need int) error {
@@ -308,7 +318,11 @@ func (c *conn) fill(need int) error {
 		if c.w > c.r {
 			c.partial.Store(c.clock())
 		}
-		n, err := c.in.Read(c.rbuf[c.w:])
+		end := len(c.rbuf)
+		if c.sips {
+			end = min(end, max(c.w+sip, c.r+need))
+		}
+		n, err := c.in.Read(c.rbuf[c.w:end])
 		c.partial.Store(0)
 		if err != nil {
 			if err == io.EOF && c.w > c.r {
@@ -345,6 +359,7 @@ func (c *conn) park(p []byte) []byte {
 
 // take copies the next len(p) bytes to p, from the buffer and then from the socket.
 func (c *conn) take(p []byte) error {
+	c.sips = len(p) >= largeData
 	n := copy(p, c.rbuf[c.r:c.w])
 	c.r += n
 	if n == len(p) {

@@ -233,6 +233,7 @@ func (c *conn) writeInline(cmd *nvme.Command, u *use, off int64, l nvme.Layout) 
 	s := nvme.Success
 	if c.w-c.r >= l.Length+l.Digest {
 		// All of it is there: write from the receive buffer.
+		c.sips = false
 		p = c.rbuf[c.r : c.r+l.Length]
 		c.r += l.Length
 		if l.Digest > 0 {
