@@ -87,7 +87,8 @@ func (c *conn) plan(cmd *nvme.Command) (u *use, off int64, length int, s nvme.St
 		if n.readOnly && cmd.CDW11&nvme.DSMDeallocate != 0 {
 			return nil, 0, 0, nvme.WriteProtected | nvme.DNR
 		}
-		return u, 0, (int(cmd.CDW10&0xff) + 1) * nvme.RangeLen, nvme.Success
+		// Hosts may send room for all ranges that a command can have, as Linux does.
+		return u, 0, max(rangesBytes(cmd), min(int(cmd.SGL.Length), maxRangesBytes)), nvme.Success
 	}
 	lba, blocks := cmd.SLBA(), uint64(cmd.Blocks())
 	if all := n.blocks.Load(); blocks > all || lba > all-blocks {
@@ -102,6 +103,13 @@ func (c *conn) plan(cmd *nvme.Command) (u *use, off int64, length int, s nvme.St
 	}
 	return u, off, length, nvme.Success
 }
+
+// maxRangesBytes is the data of a Dataset Management command with 256 ranges, the most
+// there can be (NVM Command Set 3.2.3).
+const maxRangesBytes = 256 * nvme.RangeLen
+
+// rangesBytes is how much of a Dataset Management command's data are ranges.
+func rangesBytes(cmd *nvme.Command) int { return (int(cmd.CDW10&0xff) + 1) * nvme.RangeLen }
 
 // checkSGL says whether a data pointer of length bytes fits the capsule.
 func checkSGL(cmd *nvme.Command, l nvme.Layout, length int, toHost bool) nvme.Status {
@@ -376,6 +384,7 @@ func (c *conn) execute(cmd *nvme.Command, u *use, off int64, length int, p []byt
 		if cmd.CDW11&nvme.DSMDeallocate == 0 {
 			return nvme.Success // hints that there is no use for
 		}
+		p = p[:rangesBytes(cmd)]
 		for q := p; len(q) > 0; q = q[nvme.RangeLen:] {
 			var r nvme.Range
 			r.Parse(q)

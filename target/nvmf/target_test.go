@@ -246,6 +246,16 @@ func TestIO(t *testing.T) {
 		same(t, "after deallocate", m.data[3*512:5*512], append(make([]byte, 512), data[512:]...))
 		(&nvme.Range{Blocks: 2, SLBA: 2047}).Put(r[16:])
 		q.status(nvme.LBAOutOfRange, "deallocate past the end", dsm, r)
+		// Linux sends a page whatever the number of ranges.
+		page := make([]byte, 4096)
+		(&nvme.Range{Blocks: 1, SLBA: 3}).Put(page)
+		(&nvme.Range{Blocks: 1, SLBA: 4}).Put(page[16:])
+		q.status(nvme.Success, "write", rw(nvme.OpWrite, nsid, 3, 2, nvme.SGLInCapsule), data)
+		roomy := nvme.Command{Opcode: nvme.OpDatasetManagement, NSID: nsid, CDW11: nvme.DSMDeallocate, SGL: nvme.SGL{Length: 4096, ID: nvme.SGLInCapsule}}
+		q.status(nvme.Success, "deallocate with room for more ranges", roomy, page)
+		same(t, "after deallocate of the first range", m.data[3*512:5*512], append(make([]byte, 512), data[512:]...))
+		roomy.SGL.Length = 4096 + 16
+		q.status(nvme.SGLLengthInvalid, "deallocate with room for 257 ranges", roomy, append(page, make([]byte, 16)...))
 		wz := rw(nvme.OpWriteZeroes, nsid, 4, 1, 0)
 		wz.SGL = nvme.SGL{}
 		q.status(nvme.Success, "write zeroes", wz, nil)
