@@ -19,6 +19,7 @@ import (
 	"github.com/thaw-project/thaw/keeper"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/present"
+	"github.com/thaw-project/thaw/node/present/presenttest"
 	"github.com/thaw-project/thaw/target/bdev"
 )
 
@@ -29,6 +30,7 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	presenttest.Child(subject)
 	if len(os.Args) > 2 {
 		switch os.Args[1] {
 		case keeperArg:

@@ -22,7 +22,10 @@ import (
 
 func start(t testing.TB, m *machine, state string, change ...func(*Options)) *Presenter {
 	t.Helper()
-	o := Options{StatePath: state, Open: openFile, Connections: 3, Logger: testLogger(), driver: m}
+	o := Options{StatePath: state, Open: openFile, Connections: 3, Logger: testLogger()}
+	if m != nil {
+		o.driver = m
+	}
 	for _, c := range change {
 		c(&o)
 	}

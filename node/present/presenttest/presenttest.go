@@ -1,6 +1,8 @@
-// Package presenttest is a present.Presenter for the tests of its callers: it opens
-// and closes real devices and shows them to nobody, and can be told to be slow, to
-// fail, or that a kernel has a disk open.
+// Package presenttest is for the tests of presenters and of their callers.
+//
+// Conformance holds any present.Presenter to its contract, from outside of the process
+// that serves. Presenter is one that opens and closes real devices and shows them to nobody,
+// and can be told to be slow, to fail, or that a kernel has a disk open.
 package presenttest
 
 import (
