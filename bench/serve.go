@@ -12,7 +12,6 @@ import (
 	"runtime/pprof"
 	"strconv"
 	"strings"
-	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -21,6 +20,7 @@ import (
 	"github.com/thaw-project/thaw/qcow2"
 	"github.com/thaw-project/thaw/target/bdev"
 	"github.com/thaw-project/thaw/target/engine"
+	"github.com/thaw-project/thaw/target/malloc"
 	"github.com/thaw-project/thaw/target/nbd"
 	"github.com/thaw-project/thaw/target/nvmf"
 )
@@ -137,11 +137,12 @@ func openDevice(spec string) (bdev.Device, func() error, error) {
 		if err != nil {
 			return nil, nil, err
 		}
-		d := &ram{data: make([]byte, n)}
-		for i := range d.data {
-			d.data[i] = byte(i >> 3) // pages that exist, not the one of zeros
+		d, err := malloc.New(n)
+		if err != nil {
+			return nil, nil, err
 		}
-		return d, d.Close, nil
+		// Pages that exist, not the one of zeros.
+		return d, d.Close, fillBytes(d, n)
 	case "qcow2":
 		path, base, _ := strings.Cut(rest, ":")
 		backing, err := openDisk(base)
@@ -229,39 +230,3 @@ func (d *disk) Discard(off, n int64) error {
 func (d *disk) SizeBytes() int64 { return d.size }
 func (d *disk) ReadOnly() bool   { return false }
 func (d *disk) Close() error     { return unix.Close(d.fd) }
-
-// ram is a device in memory. It leaves to a lock what a malloc bdev must: that a
-// sector is old or new.
-type ram struct {
-	mu   sync.RWMutex
-	data []byte // guarded by mu
-}
-
-func (r *ram) ReadAt(p []byte, off int64) (int, error) {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	n := copy(p, r.data[off:])
-	if n < len(p) {
-		return n, io.EOF
-	}
-	return n, nil
-}
-
-func (r *ram) WriteAt(p []byte, off int64) (int, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return copy(r.data[off:], p), nil
-}
-
-func (r *ram) WriteZeroes(off, n int64) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	clear(r.data[off : off+n])
-	return nil
-}
-
-func (r *ram) Discard(off, n int64) error { return r.WriteZeroes(off, n) }
-func (r *ram) Flush() error               { return nil }
-func (r *ram) SizeBytes() int64           { return int64(len(r.data)) }
-func (r *ram) ReadOnly() bool             { return false }
-func (r *ram) Close() error               { return nil }

@@ -55,6 +55,18 @@ type slot struct {
 	data  *buffer // from the budget, or nil
 	small buffer  // the reply of requests without data
 	run   func()  // serve, made once so that go needs no memory
+	hop   bool    // the owner of the device serves it
+}
+
+// own takes the device for a request that the reader serves. A device that never
+// changes has no owner. When it returns false another connection has it.
+func (c *conn) own() bool { return c.x.ReadOnly || c.x.owner.Take() }
+
+// leave ends own.
+func (c *conn) leave() {
+	if !c.x.ReadOnly {
+		c.x.owner.Leave()
+	}
 }
 
 func newConn(s *Server, h *handshake) *conn {
@@ -324,8 +336,12 @@ func (c *conn) handle(req *nbd.Request) error {
 	if long || c.handOff(cost) {
 		return c.dispatch(req, nil)
 	}
+	if !c.own() {
+		return c.dispatchTo(req, nil, true)
+	}
 	start := time.Now()
 	errno := c.control(req, c.out.b[c.out.end:])
+	c.leave()
 	cost.add(time.Since(start))
 	return c.answer(req, errno)
 }
@@ -335,20 +351,17 @@ func (c *conn) handleRead(req *nbd.Request, cost *cost) error {
 	if n > chunkBytes {
 		return c.streamRead(req)
 	}
-	slow := c.handOff(cost)
+	slow, hop := c.handOff(cost), false
 	if n <= arenaBytes && !slow {
 		room, err := c.room(n + c.readRoom(req))
 		if err != nil {
 			return err
 		}
-		if c.tick++; c.tick%sampleEvery == 0 {
-			start := time.Now()
-			c.out.end += c.buildRead(room, req)
-			cost.add(time.Since(start))
-		} else {
-			c.out.end += c.buildRead(room, req)
+		if c.own() {
+			c.readOwned(room, req, cost)
+			return nil
 		}
-		return nil
+		hop = true
 	}
 	data := c.s.budget.take(n)
 	switch {
@@ -356,16 +369,34 @@ func (c *conn) handleRead(req *nbd.Request, cost *cost) error {
 		return c.streamRead(req)
 	case slow:
 		return c.dispatch(req, data)
+	case hop:
+		return c.dispatchTo(req, data, true)
 	}
 	if err := c.flush(); err != nil {
 		c.s.budget.give(data)
 		return err
 	}
+	if !c.own() {
+		return c.dispatchTo(req, data, true)
+	}
 	start := time.Now()
 	data.end = c.buildRead(data.b, req)
+	c.leave()
 	cost.add(time.Since(start))
 	c.box.post(data)
 	return nil
+}
+
+// readOwned serves a read into the arena; the reader owns the device until then.
+func (c *conn) readOwned(room []byte, req *nbd.Request, cost *cost) {
+	if c.tick++; c.tick%sampleEvery == 0 {
+		start := time.Now()
+		c.out.end += c.buildRead(room, req)
+		cost.add(time.Since(start))
+	} else {
+		c.out.end += c.buildRead(room, req)
+	}
+	c.leave()
 }
 
 func (c *conn) handleWrite(req *nbd.Request, cost *cost) error {
@@ -377,11 +408,14 @@ func (c *conn) handleWrite(req *nbd.Request, cost *cost) error {
 				return err
 			}
 		}
-		start := time.Now()
-		errno := c.write(req, c.in.b[c.r:c.r+n])
-		cost.add(time.Since(start))
-		c.r += n
-		return c.answer(req, errno)
+		if c.own() {
+			start := time.Now()
+			errno := c.write(req, c.in.b[c.r:c.r+n])
+			c.leave()
+			cost.add(time.Since(start))
+			c.r += n
+			return c.answer(req, errno)
+		}
 	}
 	if n > chunkBytes {
 		return c.streamWrite(req)
@@ -397,8 +431,12 @@ func (c *conn) handleWrite(req *nbd.Request, cost *cost) error {
 	if slow {
 		return c.dispatch(req, data)
 	}
+	if !c.own() {
+		return c.dispatchTo(req, data, true)
+	}
 	start := time.Now()
 	errno := c.write(req, data.b[:n])
+	c.leave()
 	cost.add(time.Since(start))
 	c.s.budget.give(data)
 	return c.answer(req, errno)
@@ -493,7 +531,10 @@ func (c *conn) streamWrite(req *nbd.Request) error {
 
 // dispatch has a request served by a goroutine of its own; data is its payload, or room
 // for its reply, or nil.
-func (c *conn) dispatch(req *nbd.Request, data *buffer) error {
+func (c *conn) dispatch(req *nbd.Request, data *buffer) error { return c.dispatchTo(req, data, false) }
+
+// dispatchTo is dispatch, or with hop has whoever owns the device serve the request.
+func (c *conn) dispatchTo(req *nbd.Request, data *buffer, hop bool) error {
 	var s *slot
 	select {
 	case s = <-c.free:
@@ -513,18 +554,22 @@ func (c *conn) dispatch(req *nbd.Request, data *buffer) error {
 		}
 		s = <-c.free
 	}
-	s.req, s.data = *req, data
+	s.req, s.data, s.hop = *req, data, hop
 	c.inflight.Add(1)
 	c.workers.Add(1)
-	if c.s.pool != nil {
+	switch {
+	case hop:
+		c.x.owner.Submit(s)
+	case c.s.pool != nil:
 		c.s.pool.Submit(s)
-	} else {
+	default:
 		go s.run()
 	}
 	return nil
 }
 
-// Run serves the request on a worker of the pool.
+// Run serves the request for an engine, on a goroutine that must not wait for the peer
+// of this connection.
 func (s *slot) Run() { s.serve() }
 
 func (s *slot) serve() {
@@ -544,7 +589,11 @@ func (s *slot) serve() {
 	}
 	c.cost(req).add(time.Since(start))
 	reply.start, reply.slot = 0, s
-	c.box.post(reply)
+	if s.hop {
+		c.box.pass(reply)
+	} else {
+		c.box.post(reply)
+	}
 }
 
 // outbox sends replies. Whoever finds nobody sending sends, for others as well until
@@ -646,6 +695,18 @@ func (o *outbox) post(b *buffer) {
 	o.sending = true
 	o.mu.Unlock()
 	o.unlock()
+}
+
+// pass is post for callers that must not wait for the peer.
+func (o *outbox) pass(b *buffer) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.queue = append(o.queue, b)
+	if o.sending {
+		return
+	}
+	o.sending = true
+	o.c.workers.Go(func() { o.unlock() })
 }
 
 func (o *outbox) failure() error {

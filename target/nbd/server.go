@@ -112,6 +112,7 @@ type export struct {
 	flags    uint16
 	mapper   Mapper // or nil
 	fastZero FastZeroer
+	owner    engine.Owner // of a writable device, for requests that readers serve
 
 	conns   map[*conn]struct{} // guarded by Server.mu
 	removed chan struct{}      // closed when removed is set and conns is empty

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"time"
 
 	"github.com/thaw-project/thaw/nvme"
 )
@@ -134,8 +135,33 @@ func checkSGL(cmd *nvme.Command, l nvme.Layout, length int, toHost bool) nvme.St
 	return nvme.Success
 }
 
-// inline tells whether the reader carries commands out itself.
-func (c *conn) inline(n *nvmeNamespace) bool { return n.Inline && c.t.pool == nil }
+// inline tells whether the reader carries a command out itself.
+func (c *conn) inline(u *use, cmd *nvme.Command) bool {
+	return c.t.pool == nil && (u.ns.Inline || u.ns.Adaptive && u.costs[operationOf(cmd)].fast())
+}
+
+// own takes the device for a command that the reader carries out. A device that never
+// changes has no owner. When it returns false another connection has it.
+func (u *use) own() bool { return u.ns.readOnly || u.ns.owner.Take() }
+
+// leave ends own.
+func (u *use) leave() {
+	if !u.ns.readOnly {
+		u.ns.owner.Leave()
+	}
+}
+
+// sample tells whether the reader should measure a command, now and then.
+func (u *use) sample(cmd *nvme.Command) *cost {
+	if u.ns.Inline || !u.ns.Adaptive {
+		return nil
+	}
+	k := &u.costs[operationOf(cmd)]
+	if k.tick++; k.tick%sampleEvery != 0 {
+		return nil
+	}
+	return k
+}
 
 // ioCommand handles a command of an I/O queue.
 func (c *conn) ioCommand(cmd *nvme.Command, l nvme.Layout) error {
@@ -148,24 +174,16 @@ func (c *conn) ioCommand(cmd *nvme.Command, l nvme.Layout) error {
 		if s := checkSGL(cmd, l, length, true); s != nvme.Success {
 			return c.refuse(cmd, l, s)
 		}
-		if c.inline(u.ns) {
+		if c.inline(u, cmd) {
 			return c.readInline(cmd, u, off, length)
 		}
-		r, err := c.request(cmd, u, off, length)
-		if err != nil {
-			return c.conflict(cmd, l, err)
-		}
-		if err := c.takeMemory(r); err != nil {
-			return err
-		}
-		c.start(r)
-		return nil
+		return c.readElsewhere(cmd, u, off, length)
 	case nvme.OpFlush, nvme.OpWriteZeroes:
 		if l.Length != 0 {
 			return c.refuse(cmd, l, nvme.InvalidField|nvme.DNR)
 		}
-		if c.inline(u.ns) {
-			c.answer(cmd, c.execute(cmd, u, off, length, nil))
+		if c.inline(u, cmd) && u.own() {
+			c.answer(cmd, c.executeOwned(cmd, u, off, length, nil))
 			return nil
 		}
 		r, err := c.request(cmd, u, off, length)
@@ -186,7 +204,7 @@ func (c *conn) ioCommand(cmd *nvme.Command, l nvme.Layout) error {
 		c.awaitData(r)
 		return nil
 	}
-	if c.inline(u.ns) {
+	if c.inline(u, cmd) {
 		return c.writeInline(cmd, u, off, l)
 	}
 	r, err := c.request(cmd, u, off, length)
@@ -259,23 +277,63 @@ func (c *conn) writeInline(cmd *nvme.Command, u *use, off int64, l nvme.Layout) 
 			return err
 		}
 	}
+	if s == nvme.Success && !u.own() {
+		return c.handOver(cmd, u, off, p, buf)
+	}
 	if s == nvme.Success {
-		s = c.execute(cmd, u, off, l.Length, p)
+		s = c.executeOwned(cmd, u, off, l.Length, p)
 	}
 	c.t.pools.put(buf)
 	c.answer(cmd, s)
 	return nil
 }
 
+// handOver has a command whose data is p carried out by who has the device. p is in
+// buf, or in the receive buffer if that is nil.
+func (c *conn) handOver(cmd *nvme.Command, u *use, off int64, p []byte, buf *buffer) error {
+	r, err := c.request(cmd, u, off, len(p))
+	if err != nil {
+		c.t.pools.put(buf)
+		if err == errConflict {
+			c.fail(cmd, nvme.CommandIDConflict|nvme.DNR)
+			return nil
+		}
+		return err
+	}
+	if buf == nil {
+		buf = c.t.pools.get(len(p))
+		p = buf.b[:copy(buf.b, p)]
+	}
+	r.buf, r.data = buf, p
+	if err := c.takeMemory(r); err != nil {
+		return err
+	}
+	c.start(r)
+	return nil
+}
+
 // readInline serves a read on the reader, into the batch.
 func (c *conn) readInline(cmd *nvme.Command, u *use, off int64, length int) error {
+	// Making room may wait for the peer, and a device that is owned must not.
+	b := c.space(c.dataOff + length + nvme.DigestLen + respMax)
+	if !u.own() {
+		return c.readElsewhere(cmd, u, off, length)
+	}
 	if !u.acquire() {
+		u.leave()
 		c.fail(cmd, nvme.InvalidNvmeNamespace|nvme.DNR)
 		return nil
 	}
-	b := c.space(c.dataOff + length + nvme.DigestLen + respMax)
-	err := readFull(u.ns.dev, b[c.dataOff:c.dataOff+length], off)
+	var err error
+	if k := u.sample(cmd); k != nil {
+		start := time.Now()
+		err = readFull(u.ns.dev, b[c.dataOff:c.dataOff+length], off)
+		k.add(time.Since(start))
+	} else {
+		err = readFull(u.ns.dev, b[c.dataOff:c.dataOff+length], off)
+	}
 	u.release()
+	u.leave()
 	if err != nil {
 		c.failDevice(cmd, err, "read", off, length)
 		c.fail(cmd, nvme.StatusOf(err, false))
@@ -283,6 +341,23 @@ func (c *conn) readInline(cmd *nvme.Command, u *use, off int64, length int) erro
 	}
 	c.batch.n += c.putRead(b, cmd.CID, length)
 	c.count(false, length)
+	return nil
+}
+
+// readElsewhere has a read served by another goroutine.
+func (c *conn) readElsewhere(cmd *nvme.Command, u *use, off int64, length int) error {
+	r, err := c.request(cmd, u, off, length)
+	if err == errConflict {
+		c.fail(cmd, nvme.CommandIDConflict|nvme.DNR)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := c.takeMemory(r); err != nil {
+		return err
+	}
+	c.start(r)
 	return nil
 }
 
@@ -332,6 +407,15 @@ func (c *conn) count(write bool, length int) {
 		c.work.reads.Add(1)
 		c.work.readBytes.Add(uint64(length))
 	}
+}
+
+// executeOwned is execute by the reader, which owns the device until it returns.
+func (c *conn) executeOwned(cmd *nvme.Command, u *use, off int64, length int, p []byte) nvme.Status {
+	defer u.leave()
+	if k := u.sample(cmd); k != nil {
+		defer func(start time.Time) { k.add(time.Since(start)) }(time.Now())
+	}
+	return c.execute(cmd, u, off, length, p)
 }
 
 // execute runs everything but a read on the device. p is the data of the command.
@@ -472,11 +556,18 @@ func (c *conn) start(r *request) {
 		c.mu.Unlock()
 		return
 	}
-	if c.t.pool != nil {
+	if inline := c.inline(r.use, &r.cmd); c.t.pool != nil || inline {
 		r.state = stateRunning
 		c.wg.Add(1)
 		c.mu.Unlock()
-		c.t.pool.Submit(r)
+		switch {
+		case !inline:
+			c.t.pool.Submit(r)
+		case r.use.ns.readOnly:
+			r.Run()
+		default:
+			r.use.ns.owner.Submit(r)
+		}
 		return
 	}
 	if c.workers >= maxWorkers {
@@ -492,14 +583,19 @@ func (c *conn) start(r *request) {
 	go r.run()
 }
 
-// Run carries r out on a worker of the pool and leaves the answer to the writer.
+// Run carries r out for an engine, on a goroutine that must not wait for the peer of
+// this connection.
 func (r *request) Run() {
 	c := r.c
 	defer c.wg.Done()
 	r.serve()
+	if c.done == nil {
+		c.kick()
+		return
+	}
 	select {
 	case c.done <- struct{}{}:
-	default: // it will look anyway
+	default: // the writer will look anyway
 	}
 }
 
@@ -530,6 +626,10 @@ func (r *request) work() {
 // serve runs the command on the device and leaves the answer pending.
 func (r *request) serve() {
 	c := r.c
+	if r.use.ns.Adaptive {
+		k := &r.use.costs[operationOf(&r.cmd)]
+		defer func(start time.Time) { k.add(time.Since(start)) }(time.Now())
+	}
 	cid := r.cmd.CID
 	if r.cmd.Opcode == nvme.OpRead {
 		var err error
@@ -692,8 +792,9 @@ func (c *conn) h2cData(h *nvme.Common, b []byte, l nvme.Layout) error {
 	switch {
 	case !done:
 		c.flush()
-	case c.inline(r.use.ns):
+	case c.inline(r.use, &r.cmd) && r.use.own():
 		r.serve()
+		r.use.leave()
 		c.flush()
 	default:
 		c.start(r)

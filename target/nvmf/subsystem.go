@@ -11,6 +11,7 @@ import (
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/nvme"
 	"github.com/thaw-project/thaw/target/bdev"
+	"github.com/thaw-project/thaw/target/engine"
 )
 
 type subsystem struct {
@@ -42,6 +43,7 @@ type nvmeNamespace struct {
 	blocks   atomic.Uint64
 	readOnly bool
 	removed  atomic.Bool
+	owner    engine.Owner  // of a writable device, for commands that readers carry out
 	ops      chan struct{} // one for each command of a worker
 	drained  chan struct{} // told when a use ends after removal
 
@@ -54,6 +56,66 @@ type nvmeNamespace struct {
 type use struct {
 	ns       *nvmeNamespace
 	inflight atomic.Int32
+	costs    [operations]cost
+}
+
+// operation is a kind of command that takes about as long each time.
+type operation uint8
+
+const (
+	opRead operation = iota
+	opWrite
+	opFlush
+	opOther
+	operations
+)
+
+func operationOf(cmd *nvme.Command) operation {
+	switch cmd.Opcode {
+	case nvme.OpRead:
+		return opRead
+	case nvme.OpWrite:
+		if cmd.CDW12&nvme.CDW12FUA != 0 {
+			return opFlush
+		}
+		return opWrite
+	case nvme.OpFlush:
+		return opFlush
+	}
+	return opOther
+}
+
+const (
+	// slow is from where a command goes to a worker: handing it over costs a
+	// microsecond or two on each side, and is made up for when the device waits.
+	slow = 50 * time.Microsecond
+	// outlier is the most one sample counts, so that a goroutine that lost the CPU
+	// once does not change the way commands are served; two in a row do.
+	outlier = 5 * slow
+	// sampleEvery is how many commands the reader carries out for one it measures.
+	sampleEvery = 8
+)
+
+// cost is a moving average of what an operation takes, in ns; 0 when it is not known.
+type cost struct {
+	ns   atomic.Int64
+	tick uint8 // the reader's
+}
+
+// add counts a sample with a weight of one eighth. An update lost between two
+// goroutines does no harm.
+func (c *cost) add(d time.Duration) {
+	sample := max(int64(min(d, outlier)), 1)
+	if old := c.ns.Load(); old != 0 {
+		sample = max(old+(sample-old)/8, 1)
+	}
+	c.ns.Store(sample)
+}
+
+// fast tells whether the reader should carry out such a command itself.
+func (c *cost) fast() bool {
+	ns := c.ns.Load()
+	return ns != 0 && ns <= int64(slow)
 }
 
 // acquire lets the device be used until release, or returns false.
