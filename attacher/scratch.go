@@ -91,7 +91,7 @@ func (a *Attacher) makeScratch(ctx context.Context, name string, sizeBytes int64
 		return err
 	}
 	a.step("scratch: exported")
-	if err := mkfsScratch(ctx, x.GetPath()); err != nil {
+	if err := FormatScratch(ctx, x.GetPath()); err != nil {
 		return err
 	}
 	a.step("scratch: formatted")
@@ -100,11 +100,12 @@ func (a *Attacher) makeScratch(ctx context.Context, name string, sizeBytes int64
 	return err
 }
 
-// mkfsScratch runs mkfs.ext4 on the presented file. Everything that its
+// FormatScratch makes the file system of a scratch volume in the file at path, which reads
+// as zeros: an empty ext4 with directories "upper" and "work". Everything that its
 // configuration file could decide is said, so that every machine makes the same:
 // no reserved blocks, because a container's root is no system's; a small journal,
 // because each container's layer gets one; nothing written that reads as zeros anyway.
-func mkfsScratch(ctx context.Context, path string) error {
+func FormatScratch(ctx context.Context, path string) error {
 	program, err := exec.LookPath("mkfs.ext4")
 	if err != nil {
 		// Root's PATH has sbin, a service's may not.

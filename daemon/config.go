@@ -75,10 +75,14 @@ type Config struct {
 	// Root holds what survives a reboot, Run what does not.
 	Root string `toml:"root"`
 	Run  string `toml:"run"`
+	// Roles are what this machine does: RoleStore, RoleNode or both.
+	Roles []string `toml:"roles"`
 	// Target is the name by which annotations call this store.
 	Target   string     `toml:"target"`
 	LogLevel slog.Level `toml:"log_level"`
 
+	Export      ExportConfig      `toml:"export"`
+	Remote      []RemoteConfig    `toml:"remote"`
 	Pool        PoolConfig        `toml:"pool"`
 	Snapshotter SnapshotterConfig `toml:"snapshotter"`
 	Metrics     MetricsConfig     `toml:"metrics"`
@@ -120,6 +124,7 @@ func DefaultConfig() Config {
 	return Config{
 		Root:     DefaultRoot,
 		Run:      DefaultRun,
+		Roles:    []string{RoleStore, RoleNode},
 		Target:   "local",
 		LogLevel: slog.LevelInfo,
 		Pool:     PoolConfig{Cluster: 64 << 10, IO: "file"},
@@ -200,6 +205,9 @@ func (c *Config) Validate() error {
 	if len(c.Paths().SnapshotterSocket) > 107 {
 		return kind.Errorf(kind.Invalid, "run directory %s is too long: sockets in it would exceed 107 bytes", c.Run)
 	}
+	if err := c.validateRoles(); err != nil {
+		return err
+	}
 	if !targetName.MatchString(c.Target) {
 		return kind.Errorf(kind.Invalid, "target %.80q: must be 1 to 64 of a-z 0-9 . -", c.Target)
 	}
@@ -227,6 +235,7 @@ func (c *Config) Validate() error {
 type Paths struct {
 	RootLock, RunLock                                   string
 	Pool, AttacherDB, ImagemgmtDB, Snapshotter, Mounts  string
+	RemoteDB, Scratch                                   string
 	Socket, SnapshotterSocket, KeeperSocket, MetricSock string
 	Dev, FuseState                                      string
 }
@@ -239,6 +248,7 @@ func (c *Config) Paths() Paths {
 		RootLock: root("lock"), RunLock: run("lock"),
 		Pool: root("pool"), AttacherDB: root("attacher.db"), ImagemgmtDB: root("imagemgmt.db"),
 		Snapshotter: root("snapshotter"), Mounts: root("mnt"),
+		RemoteDB: root("remote.db"), Scratch: root("scratch"),
 		Socket: run("thaw.sock"), SnapshotterSocket: run("snapshotter.sock"),
 		KeeperSocket: run("keeper.sock"), MetricSock: run("metrics.sock"),
 		Dev: run("dev"), FuseState: run("fuse.json"),

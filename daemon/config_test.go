@@ -80,8 +80,12 @@ func TestPrintedConfigReadsBack(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v in\n%s", err, text.String())
 	}
-	if got != want {
-		t.Fatalf("got %+v\nwant %+v", got, want)
+	var again bytes.Buffer
+	if err := PrintConfig(&again, got); err != nil {
+		t.Fatal(err)
+	}
+	if again.String() != text.String() {
+		t.Fatalf("got\n%s\nwant\n%s", again.String(), text.String())
 	}
 }
 

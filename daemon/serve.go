@@ -142,13 +142,14 @@ func observability(registry *prometheus.Registry, health func(context.Context) e
 	return mux
 }
 
-func listenTCP(address string) (net.Listener, error) {
+// listenTCP listens at the address that the configuration's key says.
+func listenTCP(key, address string) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	if errors.Is(err, unix.EADDRINUSE) {
-		return nil, kind.Errorf(kind.InUse, "metrics.address %s is in use by another program: choose another", address)
+		return nil, kind.Errorf(kind.InUse, "%s %s is in use by another program: choose another", key, address)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("listen on metrics.address %s: %w", address, err)
+		return nil, fmt.Errorf("listen on %s %s: %w", key, address, err)
 	}
 	return l, nil
 }

@@ -20,19 +20,20 @@ import (
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/attacher"
-	"github.com/thaw-project/thaw/attacher/rpc"
+	"github.com/thaw-project/thaw/attacher/export"
 	"github.com/thaw-project/thaw/keeper"
+	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/lvol"
 	"github.com/thaw-project/thaw/node/imagemgmt"
 	"github.com/thaw-project/thaw/node/present"
 	"github.com/thaw-project/thaw/node/present/fuse"
+	"github.com/thaw-project/thaw/node/remote"
 	"github.com/thaw-project/thaw/node/snapshotter"
 	"github.com/thaw-project/thaw/qcow2"
 	"github.com/thaw-project/thaw/target/bdev"
 )
 
-// Server is a running thaw server: target, attacher, image-mgmt and snapshotter in
-// one process.
+// Server is a running thaw server: what its roles need, in one process.
 type Server struct {
 	config Config
 	logger *slog.Logger
@@ -40,13 +41,19 @@ type Server struct {
 	// closers run in reverse at Close.
 	closers []closer
 
-	store     *lvol.Store
 	keeper    *keeper.Client
 	presenter *fuse.Presenter
-	images    *imagemgmt.Manager
-	attacher  *attacher.Attacher
-	snapshots *snapshotter.Snapshotter
 	services  services
+
+	// Of the role store, else nil.
+	store    *lvol.Store
+	exporter *export.NVMe // nil when nothing is exported
+	attacher *attacher.Attacher
+
+	// Of the role node, else nil.
+	remote    *remote.Remote
+	images    *imagemgmt.Manager
+	snapshots *snapshotter.Snapshotter
 }
 
 type closer struct {
@@ -115,38 +122,48 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 	if err != nil {
 		return err
 	}
-	snapshots, err := s.listen(p.SnapshotterSocket)
-	if err != nil {
-		return err
+	var snapshots net.Listener
+	if s.config.Node() {
+		if snapshots, err = s.listen(p.SnapshotterSocket); err != nil {
+			return err
+		}
 	}
 	metrics, err := s.listen(p.MetricSock)
 	if err != nil {
 		return err
 	}
-
-	if s.store, err = ensurePool(s.config, s.logger.With("part", "lvol")); err != nil {
+	if err := s.openStorage(registry); err != nil {
 		return err
 	}
-	s.onClose("pool", s.store.Close)
-	registry.MustRegister(storeCollector{s.store})
-
 	if err := s.startData(ctx, keeperCommand, registry); err != nil {
 		return err
 	}
-	if err := s.startControl(ctx, registry); err != nil {
+	// Before the attacher, which deletes what is in nobody's use.
+	if s.config.Node() {
+		if err := s.startImages(); err != nil {
+			return err
+		}
+	}
+	if s.config.Store() {
+		if err := s.startStore(); err != nil {
+			return err
+		}
+	}
+	if s.config.Node() {
+		if err := s.startSnapshots(ctx, registry); err != nil {
+			return err
+		}
+		snapshotServer := grpc.NewServer()
+		snapshotsapi.RegisterSnapshotsServer(snapshotServer, snapshotservice.FromSnapshotter(s.snapshots))
+		s.services.addGRPC("snapshotter", snapshots, snapshotServer)
+	}
+	if err := s.serveControl(control); err != nil {
 		return err
 	}
-
-	controlServer := grpc.NewServer(rpc.ServerOptions()...)
-	attacherv1.RegisterAttacherServer(controlServer, s.attacher)
-	s.services.addGRPC("attacher", control, controlServer)
-	snapshotServer := grpc.NewServer()
-	snapshotsapi.RegisterSnapshotsServer(snapshotServer, snapshotservice.FromSnapshotter(s.snapshots))
-	s.services.addGRPC("snapshotter", snapshots, snapshotServer)
 	handler := observability(registry, s.health)
 	s.services.addHTTP("metrics", metrics, handler)
 	if s.config.Metrics.Address != "" {
-		l, err := listenTCP(s.config.Metrics.Address)
+		l, err := listenTCP("metrics.address", s.config.Metrics.Address)
 		if err != nil {
 			return err
 		}
@@ -155,7 +172,9 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 	s.services.start()
 	s.onClose("services", func() error {
 		// Before the server: a hold that ends with its connection is a dead converter's.
-		s.attacher.Stop()
+		if s.attacher != nil {
+			s.attacher.Stop()
+		}
 		s.services.stop()
 		return nil
 	})
@@ -186,7 +205,7 @@ func (s *Server) startData(ctx context.Context, keeperCommand []string, registry
 	}
 	s.onClose("keeper client", s.keeper.Close)
 	s.presenter, err = fuse.New(fuse.Options{
-		Dir: p.Dev, StatePath: p.FuseState, Keeper: s.keeper, Open: s.open,
+		Dir: p.Dev, StatePath: p.FuseState, Keeper: s.keeper, Open: s.open, Interrupt: s.closeRemote,
 		Logger: s.logger.With("part", "fuse"), Registerer: registry,
 	})
 	if err != nil {
@@ -216,13 +235,28 @@ func (s *Server) closePresenter() error {
 	return errors.Join(err, s.presenter.Close())
 }
 
+// openStorage opens what devices come from. It connects to nothing.
+func (s *Server) openStorage(registry *prometheus.Registry) (err error) {
+	if s.config.Store() {
+		if s.store, err = ensurePool(s.config, s.logger.With("part", "lvol")); err != nil {
+			return err
+		}
+		s.onClose("pool", s.store.Close)
+		registry.MustRegister(storeCollector{s.store})
+	}
+	if s.config.Node() {
+		return s.openRemote(registry)
+	}
+	return nil
+}
+
 // open opens the device behind a presented disk.
 func (s *Server) open(source present.Source, readOnly bool) (bdev.Device, error) {
 	switch source.Kind {
 	case present.SourceLvol:
-		return s.store.OpenLvol(source.Lvol, readOnly)
+		return s.openLvol(source, readOnly)
 	case present.SourceQcow2:
-		base, err := s.store.OpenLvol(source.Lvol, true)
+		base, err := s.openLvol(source, true)
 		if err != nil {
 			return nil, err
 		}
@@ -238,6 +272,21 @@ func (s *Server) open(source present.Source, readOnly bool) (bdev.Device, error)
 	return nil, fmt.Errorf("open disk: unknown source %q", source.Kind)
 }
 
+// openLvol opens the lvol of a source, wherever it is stored.
+func (s *Server) openLvol(source present.Source, readOnly bool) (bdev.Device, error) {
+	switch {
+	case source.Target != "" && s.remote != nil && readOnly:
+		return s.remote.Open(source.Target, source.Lvol)
+	case source.Target != "":
+		return nil, kind.Errorf(kind.ReadOnly, "open lvol %s of target %s: lvols of other machines are read-only", source.Lvol, source.Target)
+	case s.store != nil:
+		return s.store.OpenLvol(source.Lvol, readOnly)
+	case !readOnly:
+		return nil, kind.Errorf(kind.ReadOnly, "open lvol %s: this machine has no store", source.Lvol)
+	}
+	return openScratchFile(s.config.Paths().Scratch, source.Lvol)
+}
+
 // layered is a writable layer that closes its base with itself.
 type layered struct {
 	bdev.Device
@@ -246,54 +295,11 @@ type layered struct {
 
 func (l *layered) Close() error { return errors.Join(l.Device.Close(), l.base.Close()) }
 
-// startControl brings up what decides which disks there are.
-func (s *Server) startControl(ctx context.Context, registry *prometheus.Registry) error {
-	p := s.config.Paths()
-	var err error
-	s.images, err = imagemgmt.New(imagemgmt.Options{
-		Presenter: s.presenter, DBPath: p.ImagemgmtDB, Logger: s.logger.With("part", "imagemgmt"),
-		Own: s.config.Target,
-		Lookup: func(ctx context.Context, block imagemgmt.Block) error {
-			_, err := s.store.Get(block.Name)
-			return err
-		},
-	})
-	if err != nil {
-		return err
-	}
-	s.onClose("image-mgmt", s.images.Close)
-	s.attacher, err = attacher.New(attacher.Options{
-		Lvols: s.store, Presenter: s.presenter, DBPath: p.AttacherDB, Target: s.config.Target,
-		Attached: s.images.Attached,
-		Logger:   s.logger.With("part", "attacher"),
-	})
-	if err != nil {
-		return err
-	}
-	s.onClose("attacher", s.attacher.Close)
-	scratch, err := s.attacher.EnsureScratch(ctx, int64(s.config.Snapshotter.WritableSize))
-	if err != nil {
-		// Only containers in mode overlaybd on EROFS miss it, and only its limit
-		// on size: they write to a directory instead.
-		s.logger.Warn("no scratch volume: writable layers over erofs blocks have no size limit", "error", err)
-	}
-	s.snapshots, err = snapshotter.New(ctx, snapshotter.Options{
-		Root: p.Snapshotter, MountDir: p.Mounts, Images: s.images, Targets: []string{s.config.Target},
-		AttachTimeout: time.Duration(s.config.Snapshotter.AttachTimeout),
-		AsyncRemove:   s.config.Snapshotter.AsyncRemove,
-		ScratchBlock:  scratch,
-		Logger:        s.logger.With("part", "snapshotter"), Registerer: registry,
-	})
-	if err != nil {
-		return err
-	}
-	s.onClose("snapshotter", s.snapshots.Close)
-	return nil
-}
-
 func (s *Server) health(ctx context.Context) error {
-	if _, err := s.attacher.GetStore(ctx, &attacherv1.GetStoreRequest{}); err != nil {
-		return fmt.Errorf("attacher: %w", err)
+	if s.attacher != nil {
+		if _, err := s.attacher.GetStore(ctx, &attacherv1.GetStoreRequest{}); err != nil {
+			return fmt.Errorf("attacher: %w", err)
+		}
 	}
 	// A path in the mount makes the kernel ask this process.
 	if _, err := os.Stat(s.config.Paths().Dev); err != nil {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/prometheus/client_golang/prometheus"
@@ -18,6 +19,10 @@ import (
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/mount"
 )
+
+// teardownLoss is how long unmounting waits for a store that is away. Unmounting what is
+// read-only needs no data, and of a writable layer only what it never read.
+const teardownLoss = 10 * time.Second
 
 // Teardown takes away what a stopped server left attached. It serves the disks
 // itself meanwhile: a file system can be unmounted only while somebody answers for
@@ -30,10 +35,21 @@ func Teardown(ctx context.Context, config Config, keeperCommand []string, force 
 	if err := s.lock(); err != nil {
 		return err
 	}
-	if s.store, err = OpenPool(config, s.logger); err != nil {
-		return err
+	if config.Store() {
+		if s.store, err = OpenPool(config, s.logger); err != nil {
+			return err
+		}
+		s.onClose("pool", s.store.Close)
 	}
-	s.onClose("pool", s.store.Close)
+	if config.Node() {
+		// A store that is away must not make this wait for as long as containers would.
+		for i := range s.config.Remote {
+			s.config.Remote[i].LossTimeout = Duration(teardownLoss)
+		}
+		if err := s.openRemote(prometheus.NewRegistry()); err != nil {
+			return err
+		}
+	}
 	if err := s.startData(ctx, keeperCommand, prometheus.NewRegistry()); err != nil {
 		return err
 	}

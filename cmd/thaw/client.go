@@ -22,6 +22,7 @@ import (
 // run directories it is given.
 type place struct {
 	config, root, run string
+	roles             []string
 }
 
 func (p *place) register(cmd *cobra.Command) {
@@ -41,6 +42,9 @@ func (p *place) load() (daemon.Config, error) {
 	}
 	if p.run != "" {
 		config.Run = p.run
+	}
+	if len(p.roles) > 0 {
+		config.Roles = p.roles
 	}
 	return config, config.Validate()
 }

@@ -20,7 +20,9 @@ func newServer() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "server",
 		Short: "Run storage, attacher, image-mgmt and snapshotter in one process",
-		Long: `Run storage, attacher, image-mgmt and snapshotter in one process, for one machine.
+		Long: `Run storage, attacher, image-mgmt and snapshotter in one process, for one machine; or,
+with --role store, what stores images for others, or, with --role node, what runs
+containers of images that others store.
 
 The server may be killed or upgraded at any time: disks in use pause until it is
 started again. SIGTERM and Ctrl-C stop it; disks in use stay attached and wait.
@@ -60,6 +62,7 @@ started again. SIGTERM and Ctrl-C stop it; disks in use stay attached and wait.
 		},
 	}
 	where.register(cmd)
+	cmd.PersistentFlags().StringSliceVar(&where.roles, "role", nil, "store, node or both (default both)")
 	cmd.Flags().StringVar(&level, "log-level", "", "debug, info, warn or error")
 	cmd.Flags().BoolVar(&printDefaults, "print-config", false, "print the configuration in force and exit")
 	cmd.AddCommand(serverTeardown(&where))

@@ -53,6 +53,8 @@ type conn struct {
 	workers  atomic.Int32 // all
 	idle     atomic.Int32 // those that wait for a request
 	stopping atomic.Bool
+	// interrupted is set when requests that fail are the next process's to answer.
+	interrupted atomic.Bool
 
 	gone     chan struct{} // closed when the kernel has ended the connection
 	goneOnce sync.Once
@@ -93,8 +95,15 @@ func (c *conn) start() {
 }
 
 // stop ends serving: requests at work are answered, the others stay with the kernel.
-func (c *conn) stop() {
+// With interrupt, which makes them fail, those that fail stay with it too.
+func (c *conn) stop(interrupt func()) {
+	if interrupt != nil {
+		c.interrupted.Store(true)
+	}
 	c.stopping.Store(true)
+	if interrupt != nil {
+		interrupt()
+	}
 	unix.Write(c.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
 	c.wg.Wait()
 }

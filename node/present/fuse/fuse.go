@@ -49,6 +49,10 @@ type Options struct {
 	Keeper *keeper.Client
 	// Open opens what is behind a disk.
 	Open present.Opener
+	// Interrupt, if set, makes devices that wait for another machine fail at once. Close
+	// calls it when it no longer answers requests with errors: those that a keeper
+	// holds for the next process stay with the kernel until then.
+	Interrupt func()
 	// Workers bounds the requests handled at once; 0 means 64, which keeps a
 	// device with high latency busy and costs at most 64 MiB while it does.
 	Workers int
@@ -414,7 +418,7 @@ func (p *Presenter) Close() error {
 	}
 	p.presentMu.Lock() // waits for Present and Withdraw to end
 	defer p.presentMu.Unlock()
-	p.conn.stop()
+	p.conn.stop(p.options.Interrupt)
 	if p.options.Registerer != nil {
 		p.options.Registerer.Unregister(p.metrics)
 	}
@@ -455,7 +459,7 @@ func (p *Presenter) Teardown(ctx context.Context) error {
 	if err := unix.Unmount(p.options.Dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL && err != unix.ENOENT {
 		errs = append(errs, fmt.Errorf("unmount %s: %w", p.options.Dir, err))
 	}
-	p.conn.stop()
+	p.conn.stop(nil)
 	if p.options.Registerer != nil {
 		p.options.Registerer.Unregister(p.metrics)
 	}
@@ -490,7 +494,7 @@ func (p *Presenter) giveUp() {
 // release gives back what New took, except the mount.
 func (p *Presenter) release() {
 	if p.conn != nil {
-		p.conn.stop()
+		p.conn.stop(nil)
 		p.conn.close()
 	}
 	if p.opens != nil {

@@ -187,6 +187,16 @@ func (op opcode) hasReply() bool {
 	return true
 }
 
+// repeatable tells whether doing op twice is doing it once, and fails only for what the
+// device behind a disk does.
+func (op opcode) repeatable() bool {
+	switch op {
+	case opRead, opWrite, opFsync, opFallocate:
+		return true
+	}
+	return false
+}
+
 // name decodes a body that is a string.
 func name(body []byte) (string, bool) {
 	i := bytes.IndexByte(body, 0)

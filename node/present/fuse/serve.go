@@ -46,6 +46,9 @@ func (w *worker) serve(b []byte) {
 	if !op.hasReply() {
 		return
 	}
+	if errno != 0 && op.repeatable() && w.c.interrupted.Load() && w.p.Survives() {
+		return // the next process gets it again
+	}
 	err = w.reply(&r, n, errno)
 	if op == opOpen && errno == 0 {
 		handle := unique &^ (uniqueResent | handleUnsure)
@@ -157,7 +160,7 @@ func (w *worker) fail(d *disk, what string, offset int64, size int64, err error)
 		errno = syscall.EIO
 	}
 	now := time.Now().Unix()
-	if last := d.lastLog.Load(); now > last && d.lastLog.CompareAndSwap(last, now) {
+	if last := d.lastLog.Load(); now > last && !w.c.interrupted.Load() && d.lastLog.CompareAndSwap(last, now) {
 		w.p.log.Error("fuse: "+what+" failed", "disk", d.ID, "offset", offset, "bytes", size, "errno", errno.Error(), "error", err)
 	}
 	return errno

@@ -1,0 +1,126 @@
+package daemon
+
+import (
+	"context"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/thaw-project/thaw/attacher/rpc"
+	"github.com/thaw-project/thaw/node/imagemgmt"
+	"github.com/thaw-project/thaw/node/remote"
+	"github.com/thaw-project/thaw/node/snapshotter"
+)
+
+// openRemote opens the record of what is attached at other machines.
+func (s *Server) openRemote(registry *prometheus.Registry) (err error) {
+	if len(s.config.Remote) == 0 {
+		return nil
+	}
+	o := remote.Options{DBPath: s.config.Paths().RemoteDB, Logger: s.logger.With("part", "remote"), Registerer: registry}
+	for _, r := range s.config.Remote {
+		o.Targets = append(o.Targets, remote.TargetOptions{
+			Name: r.Name, Attacher: r.Attacher, Files: rpc.Files{Certificate: r.Certificate, Key: r.Key, CA: r.CA},
+			Transport: r.Transport, LossTimeout: time.Duration(r.LossTimeout),
+		})
+	}
+	if s.remote, err = remote.New(o); err != nil {
+		return err
+	}
+	s.onClose("remote targets", s.remote.Close)
+	return nil
+}
+
+// closeRemote makes whoever waits for another machine fail.
+func (s *Server) closeRemote() {
+	if s.remote == nil {
+		return
+	}
+	if err := s.remote.Close(); err != nil {
+		s.logger.Warn("close remote targets", "error", err)
+	}
+}
+
+// lookup makes sure that a block can be opened.
+func (s *Server) lookup(ctx context.Context, block imagemgmt.Block) error {
+	switch {
+	case block.Target != "" && s.remote != nil:
+		return s.remote.Attach(ctx, block.Target, block.Name)
+	case s.store != nil:
+		_, err := s.store.Get(block.Name)
+		return err
+	}
+	d, err := openScratchFile(s.config.Paths().Scratch, block.Name)
+	if err != nil {
+		return err
+	}
+	return d.Close()
+}
+
+// scratch makes the volume over which writable layers are made.
+func (s *Server) scratch(ctx context.Context) (string, error) {
+	size := int64(s.config.Snapshotter.WritableSize)
+	if s.attacher != nil {
+		return s.attacher.EnsureScratch(ctx, size)
+	}
+	return ensureScratchFile(ctx, s.config.Paths().Scratch, size)
+}
+
+// startImages brings up what decides which disks of blocks there are.
+func (s *Server) startImages() (err error) {
+	own := ""
+	if s.config.Store() {
+		own = s.config.Target
+	}
+	s.images, err = imagemgmt.New(imagemgmt.Options{
+		Presenter: s.presenter, DBPath: s.config.Paths().ImagemgmtDB, Logger: s.logger.With("part", "imagemgmt"), Own: own, Lookup: s.lookup,
+		Released: func(b imagemgmt.Block) {
+			if s.remote != nil && b.Target != "" {
+				s.remote.Release(b.Target, b.Name)
+			}
+		},
+	})
+	if err != nil {
+		return err
+	}
+	s.onClose("image-mgmt", s.images.Close)
+	return nil
+}
+
+// targets are the names by which annotations may call what this node can attach.
+func (s *Server) targets() (names []string) {
+	if s.config.Store() {
+		names = append(names, s.config.Target)
+	}
+	for _, r := range s.config.Remote {
+		names = append(names, r.Name)
+	}
+	return names
+}
+
+// startSnapshots brings up what containerd talks to.
+func (s *Server) startSnapshots(ctx context.Context, registry *prometheus.Registry) error {
+	p := s.config.Paths()
+	scratch, err := s.scratch(ctx)
+	if err != nil {
+		// Only containers in mode overlaybd on EROFS miss it, and only its limit
+		// on size: they write to a directory instead.
+		s.logger.Warn("no scratch volume: writable layers over erofs blocks have no size limit", "error", err)
+	}
+	s.snapshots, err = snapshotter.New(ctx, snapshotter.Options{
+		Root: p.Snapshotter, MountDir: p.Mounts, Images: s.images, Targets: s.targets(),
+		AttachTimeout: time.Duration(s.config.Snapshotter.AttachTimeout),
+		AsyncRemove:   s.config.Snapshotter.AsyncRemove,
+		ScratchBlock:  scratch,
+		Logger:        s.logger.With("part", "snapshotter"), Registerer: registry,
+	})
+	if err != nil {
+		return err
+	}
+	s.onClose("snapshotter", s.snapshots.Close)
+	if s.remote != nil {
+		// After those who know what is in use.
+		s.remote.Start(func(target, block string) bool { return s.images.Uses(imagemgmt.Block{Target: target, Name: block}) })
+	}
+	return nil
+}

@@ -1,0 +1,156 @@
+package daemon
+
+import (
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/thaw-project/thaw/attacher/export"
+	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/node/remote"
+)
+
+// What a machine does.
+const (
+	RoleStore = "store" // keeps lvols, converts, exports
+	RoleNode  = "node"  // runs containers
+)
+
+// ExportConfig says how a store serves other machines. Nothing is served unless both
+// addresses are set.
+type ExportConfig struct {
+	// NVMeTCP are IP addresses with ports, for the blocks.
+	NVMeTCP []string `toml:"nvme_tcp"`
+	// Attacher is the address for the calls of nodes, over TLS only.
+	Attacher    string `toml:"attacher"`
+	Certificate string `toml:"certificate"`
+	Key         string `toml:"key"`
+	// ClientCA has signed the certificates of the nodes, whose common names are the
+	// names of the nodes.
+	ClientCA string `toml:"client_ca"`
+}
+
+// RemoteConfig is a store on another machine.
+type RemoteConfig struct {
+	// Name is the store's target, as the annotations of its images call it.
+	Name        string `toml:"name"`
+	Attacher    string `toml:"attacher"`
+	Certificate string `toml:"certificate"`
+	Key         string `toml:"key"`
+	CA          string `toml:"ca"`
+	Transport   string `toml:"transport"`
+	// LossTimeout is how long reads wait for the store before they fail.
+	LossTimeout Duration `toml:"loss_timeout"`
+}
+
+// Store and Node tell whether the machine has the role.
+func (c *Config) Store() bool { return slices.Contains(c.Roles, RoleStore) }
+
+// Node is like Store.
+func (c *Config) Node() bool { return slices.Contains(c.Roles, RoleNode) }
+
+// Exports tells whether the store serves other machines.
+func (c *Config) Exports() bool { return c.Export.Attacher != "" }
+
+// maxRemotes bounds the stores of one node: each costs connections and a goroutine.
+const maxRemotes = 64
+
+// validateRoles checks roles and what belongs to each, and fills in defaults.
+func (c *Config) validateRoles() error {
+	if len(c.Roles) == 0 {
+		return kind.Errorf(kind.Invalid, "roles is empty: must hold %s, %s or both", RoleStore, RoleNode)
+	}
+	for _, r := range c.Roles {
+		if r != RoleStore && r != RoleNode {
+			return kind.Errorf(kind.Invalid, "roles: %.40q is none: must be %s or %s", r, RoleStore, RoleNode)
+		}
+	}
+	if err := c.validateExport(); err != nil {
+		return err
+	}
+	switch {
+	case len(c.Remote) > 0 && !c.Node():
+		return kind.Errorf(kind.Invalid, "[[remote]] is for machines with the role %s", RoleNode)
+	case len(c.Remote) > maxRemotes:
+		return kind.Errorf(kind.Invalid, "%d tables [[remote]]: must be at most %d", len(c.Remote), maxRemotes)
+	case len(c.Remote) == 0 && !c.Store():
+		return kind.Errorf(kind.Invalid, "a machine without the role %s needs a [[remote]] store", RoleStore)
+	}
+	names := map[string]bool{}
+	if c.Store() {
+		names[c.Target] = true
+	}
+	for i := range c.Remote {
+		if err := c.Remote[i].validate(names); err != nil {
+			return err
+		}
+		names[c.Remote[i].Name] = true
+	}
+	return nil
+}
+
+func (c *Config) validateExport() error {
+	e := &c.Export
+	if len(e.NVMeTCP) == 0 && e.Attacher == "" {
+		return nil
+	}
+	switch {
+	case !c.Store():
+		return kind.Errorf(kind.Invalid, "[export] is for machines with the role %s", RoleStore)
+	case len(e.NVMeTCP) == 0 || e.Attacher == "":
+		return kind.Errorf(kind.Invalid, "[export] needs both nvme_tcp, for blocks, and attacher, for the calls of nodes")
+	case len(e.NVMeTCP) > 16: // as many as a node takes
+		return kind.Errorf(kind.Invalid, "export.nvme_tcp has %d addresses: must be at most 16", len(e.NVMeTCP))
+	case e.Certificate == "" || e.Key == "" || e.ClientCA == "":
+		return kind.Errorf(kind.Invalid, "export.attacher serves nodes that prove who they are only: set export.certificate, export.key and export.client_ca ('thaw certificate' makes them)")
+	}
+	for _, a := range e.NVMeTCP {
+		if _, err := netip.ParseAddrPort(a); err != nil {
+			return kind.Errorf(kind.Invalid, "export.nvme_tcp %.80q: must be an IP address with a port, as 10.0.0.1:4420", a)
+		}
+	}
+	if _, _, err := net.SplitHostPort(e.Attacher); err != nil {
+		return kind.Errorf(kind.Invalid, "export.attacher %.80q: must be an address with a port, as 10.0.0.1:7443", e.Attacher)
+	}
+	return absolute(&e.Certificate, &e.Key, &e.ClientCA)
+}
+
+func (r *RemoteConfig) validate(taken map[string]bool) error {
+	switch {
+	case !targetName.MatchString(r.Name):
+		return kind.Errorf(kind.Invalid, "remote.name %.80q: must be 1 to 64 of a-z 0-9 . -", r.Name)
+	case taken[r.Name]:
+		return kind.Errorf(kind.Invalid, "remote %s: another target has this name: each needs its own, set by 'target' on the store", r.Name)
+	case r.Certificate == "" || r.Key == "" || r.CA == "":
+		return kind.Errorf(kind.Invalid, "remote %s: certificate, key and ca must be set ('thaw certificate' makes them)", r.Name)
+	}
+	if _, _, err := net.SplitHostPort(r.Attacher); err != nil {
+		return kind.Errorf(kind.Invalid, "remote %s: attacher %.80q: must be an address with a port, as 10.0.0.1:7443", r.Name, r.Attacher)
+	}
+	if r.Transport == "" {
+		r.Transport = export.TransportTCP
+	}
+	if r.Transport != remote.TransportTCP {
+		return kind.Errorf(kind.Unsupported, "remote %s: transport %.40q: must be %s", r.Name, r.Transport, remote.TransportTCP)
+	}
+	if r.LossTimeout == 0 {
+		r.LossTimeout = Duration(remote.DefaultLossTimeout)
+	}
+	if r.LossTimeout < Duration(time.Second) {
+		return kind.Errorf(kind.Invalid, "remote %s: loss_timeout must be at least 1s", r.Name)
+	}
+	return absolute(&r.Certificate, &r.Key, &r.CA)
+}
+
+func absolute(paths ...*string) error {
+	for _, p := range paths {
+		abs, err := filepath.Abs(*p)
+		if err != nil {
+			return kind.Errorf(kind.Invalid, "path %s: %w", *p, err)
+		}
+		*p = abs
+	}
+	return nil
+}
