@@ -16,6 +16,7 @@ import (
 	"github.com/thaw-project/thaw/nvme"
 	"github.com/thaw-project/thaw/nvme/host"
 	"github.com/thaw-project/thaw/target/bdev"
+	"github.com/thaw-project/thaw/target/engine"
 	"github.com/thaw-project/thaw/target/nvmf"
 )
 
@@ -118,12 +119,20 @@ func TestOptions(t *testing.T) {
 }
 
 // TestParallel has many goroutines write and read their own parts over several
-// queues, with more of them than the queues have entries.
+// queues, with more of them than the queues have entries, by every way a target has to
+// carry commands out. What readers carry out reaches a writable device one at a time.
 func TestParallel(t *testing.T) {
-	for _, inline := range []bool{true, false} {
-		l := newLab(t, nvmf.Options{R2TBytes: 8192, MaxTransfer: 64 << 10})
+	for _, way := range []struct {
+		engine           engine.Kind
+		inline, adaptive bool
+	}{{engine.SharedNothing, true, false}, {engine.SharedNothing, false, true}, {engine.SharedNothing, false, false}, {engine.ThreadPool, true, false}} {
+		l := newLab(t, nvmf.Options{R2TBytes: 8192, MaxTransfer: 64 << 10, Engine: way.engine})
 		const part = 128 << 10
-		id := l.add(nvmf.NvmeNamespaceConfig{Device: newMemory(40 * part), Inline: inline})
+		memory := newMemory(40 * part)
+		if memory.alone = func() { t.Errorf("%+v: two commands at a time", way) }; !way.inline || way.engine != engine.SharedNothing {
+			memory.alone = nil
+		}
+		id := l.add(nvmf.NvmeNamespaceConfig{Device: memory, Inline: way.inline, Adaptive: way.adaptive})
 		h := l.connect(host.Config{Queues: 3, Depth: 8, DataDigest: true})
 		d := l.open(h, id)
 		var wg sync.WaitGroup

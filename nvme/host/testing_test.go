@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -30,6 +31,20 @@ type memory struct {
 	slow     atomic.Int64 // ns that every access takes
 	flushes  atomic.Int64
 	fail     atomic.Pointer[error] // what every access fails with
+	inside   atomic.Int32
+	alone    func() // if set, called when two reads or writes run at a time
+}
+
+// visit notes an access until the returned function is called.
+func (m *memory) visit() func() {
+	if m.alone == nil {
+		return func() {}
+	}
+	if m.inside.Add(1) > 1 {
+		m.alone()
+	}
+	runtime.Gosched() // lets others in, if they may
+	return func() { m.inside.Add(-1) }
 }
 
 func newMemory(size int64) *memory { return &memory{data: make([]byte, size)} }
@@ -54,6 +69,7 @@ func (m *memory) resize(n int) {
 }
 
 func (m *memory) ReadAt(p []byte, off int64) (int, error) {
+	defer m.visit()()
 	if err := m.enter(off, int64(len(p))); err != nil {
 		return 0, err
 	}
@@ -67,6 +83,7 @@ func (m *memory) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (m *memory) WriteAt(p []byte, off int64) (int, error) {
+	defer m.visit()()
 	if err := m.enter(off, int64(len(p))); err != nil {
 		return 0, err
 	}

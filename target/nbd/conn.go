@@ -734,11 +734,9 @@ func (c *conn) cost(req *nbd.Request) *cost {
 	return &c.costs[req.Flags&nbd.CmdFlagFUA][req.Type]
 }
 
-func (c *cost) slow() bool { return c.ns.Load() > slowNS }
-
 // handOff tells whether a request goes to another goroutine: because it will take
 // long, or because the pool serves all.
-func (c *conn) handOff(k *cost) bool { return c.s.pool != nil || k.slow() }
+func (c *conn) handOff(k *cost) bool { return c.s.pool != nil || k.ns.Load() > c.s.cfg.slowNS }
 
 // add counts a sample with a weight of one eighth. A lost update between two
 // goroutines does no harm.

@@ -7,16 +7,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/nbd"
+	"github.com/thaw-project/thaw/target/engine"
 )
 
 // raw is a client that sends what a test wants.
@@ -275,7 +278,7 @@ func TestRequestErrors(t *testing.T) {
 // without memory to spare, many requests at once.
 func TestModes(t *testing.T) {
 	const size = 6 << 20
-	for _, mode := range []string{"inline", "slow", "poor"} {
+	for _, mode := range []string{"inline", "slow", "poor", "pool"} {
 		for style, options := range [][]uint32{nil, {nbd.OptStructuredReply}, {nbd.OptExtendedHeaders}} {
 			t.Run(fmt.Sprintf("%s %d", mode, style), func(t *testing.T) {
 				m := newMemory(size)
@@ -284,6 +287,9 @@ func TestModes(t *testing.T) {
 				cfg := Config{MaxInflight: 8}
 				if mode == "poor" {
 					cfg.MaxBufferBytes = 1
+				}
+				if mode == "pool" {
+					cfg.Engine = engine.ThreadPool
 				}
 				if mode == "slow" {
 					m.delay.Store(int64(200 * time.Microsecond))
@@ -370,6 +376,64 @@ func TestModes(t *testing.T) {
 			})
 		}
 	}
+}
+
+// lonely is a device that more than one request at a time may not use.
+type lonely struct {
+	*memory
+	t      *testing.T
+	inside atomic.Int32
+}
+
+func (l *lonely) visit() func() {
+	if l.inside.Add(1) > 1 {
+		l.t.Error("two requests at a time")
+	}
+	runtime.Gosched() // lets others in, if they may
+	return func() { l.inside.Add(-1) }
+}
+
+func (l *lonely) ReadAt(p []byte, off int64) (int, error) {
+	defer l.visit()()
+	return l.memory.ReadAt(p, off)
+}
+
+func (l *lonely) WriteAt(p []byte, off int64) (int, error) {
+	defer l.visit()()
+	return l.memory.WriteAt(p, off)
+}
+
+// TestOneOwner has several connections use one writable device: their requests reach
+// it one after the other, and all are answered rightly.
+func TestOneOwner(t *testing.T) {
+	const connections, size = 4, 1 << 20
+	m := newMemory(connections * size)
+	_, socket := start(t, Config{slowNS: math.MaxInt64}, Export{Device: &lonely{memory: m, t: t}})
+	var wg sync.WaitGroup
+	for c := range connections {
+		r := dialRaw(t, socket).goTo("")
+		wg.Go(func() {
+			for i := range 200 {
+				q := nbd.Request{Type: nbd.CmdWrite, Cookie: uint64(i), Offset: uint64(c*size + i*4096), Length: 4096}
+				p := bytes.Repeat([]byte{byte(c*64 + i + 1)}, 4096)
+				// Two of each, so that there is more than one to serve.
+				r.Write(append(append(request(q, false), p...), append(request(q, false), p...)...))
+				q.Type = nbd.CmdRead
+				r.Write(request(q, false))
+				var b [3*nbd.SimpleReplyBytes + 4096]byte
+				// Replies come in any order; only the read has data.
+				if _, err := io.ReadFull(r, b[:]); err != nil {
+					t.Error(err)
+					return
+				}
+				if !m.holds(int64(q.Offset), p) {
+					t.Errorf("connection %d: write %d is not there", c, i)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // TestHostile shows that peers that stall, flood or talk nonsense cost little and are
