@@ -6,9 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
+	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -29,10 +34,27 @@ type Thaw struct {
 	Run  string
 	*Process
 
-	lab  *Lab
-	name string
-	args []string
-	env  []string
+	lab       *Lab
+	name      string
+	args      []string
+	env       []string
+	config    string // path of its configuration file, empty without
+	network   []string
+	storeOnly bool
+}
+
+// ThawOptions say how a thaw server runs.
+type ThawOptions struct {
+	Before []string // as for StartThawAs
+	// Network is what Enter of the Star or Port returns that the server lives in; nil
+	// for this machine's own.
+	Network []string
+	Env     []string
+	Args    []string
+	// Config, when set, is the text of a configuration file.
+	Config string
+	// StoreOnly means that by Config it has no snapshotter, NodeOnly no store.
+	StoreOnly, NodeOnly bool
 }
 
 // StartThaw starts thaw server with empty folders and waits until it serves.
@@ -45,6 +67,11 @@ func (l *Lab) StartThaw(ctx context.Context, args ...string) (*Thaw, error) {
 // in its own place, and variables added to the environment: what a service manager
 // does to a process before it starts it.
 func (l *Lab) StartThawAs(ctx context.Context, before, env []string, args ...string) (*Thaw, error) {
+	return l.StartThawWith(ctx, ThawOptions{Before: before, Env: env, Args: args})
+}
+
+// StartThawWith is StartThaw with options.
+func (l *Lab) StartThawWith(ctx context.Context, o ThawOptions) (*Thaw, error) {
 	program := filepath.Join(l.Bin, "thaw")
 	if !fileExists(program) {
 		return nil, fmt.Errorf("%s is missing: run make build", program)
@@ -54,9 +81,16 @@ func (l *Lab) StartThawAs(ctx context.Context, before, env []string, args ...str
 	if err != nil {
 		return nil, err
 	}
-	t := &Thaw{Root: root, Run: filepath.Join(l.Dir, name, "run"), lab: l, name: name, env: env}
-	t.args = append(append([]string{}, before...), program, "server", "--root", t.Root, "--run", t.Run)
-	t.args = append(t.args, args...)
+	t := &Thaw{Root: root, Run: filepath.Join(l.Dir, name, "run"), lab: l, name: name, env: o.Env, network: o.Network, storeOnly: o.StoreOnly}
+	t.args = append(slices.Concat(o.Network, o.Before), program, "server", "--root", t.Root, "--run", t.Run)
+	if o.Config != "" {
+		t.config = filepath.Join(l.Dir, name, "config.toml")
+		if err := os.WriteFile(t.config, []byte(o.Config), 0o600); err != nil {
+			return nil, err
+		}
+		t.args = append(t.args, "--config", t.config)
+	}
+	t.args = append(t.args, o.Args...)
 	if err := t.Start(ctx); err != nil {
 		return nil, err
 	}
@@ -92,6 +126,9 @@ func (t *Thaw) WaitReady(ctx context.Context) error {
 }
 
 func (t *Thaw) answers(ctx context.Context) error {
+	if t.storeOnly {
+		return t.healthy(ctx)
+	}
 	// A dead server's socket file refuses at once; gRPC would try again later.
 	raw, err := net.Dial("unix", t.SnapshotterSocket())
 	if err != nil {
@@ -106,6 +143,48 @@ func (t *Thaw) answers(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, Namespace), 5*time.Second)
 	defer cancel()
 	return s.Walk(ctx, func(context.Context, snapshots.Info) error { return nil })
+}
+
+// healthy asks the server how it is.
+func (t *Thaw) healthy(ctx context.Context) error {
+	_, err := t.Metrics(ctx, "/healthz")
+	return err
+}
+
+// Metrics returns what the server's metrics socket says at path.
+func (t *Thaw) Metrics(ctx context.Context, path string) (string, error) {
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", filepath.Join(t.Run, "metrics.sock"))
+	}}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://thaw"+path, nil)
+	if err != nil {
+		return "", err
+	}
+	response, err := (&http.Client{Transport: transport}).Do(request)
+	if err != nil {
+		return "", err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err == nil && response.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s: %s", path, response.Status, body)
+	}
+	return string(body), err
+}
+
+// Metric returns the value of a metric without labels.
+func (t *Thaw) Metric(ctx context.Context, name string) (float64, error) {
+	text, err := t.Metrics(ctx, "/metrics")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(text) {
+		if value, found := strings.CutPrefix(strings.TrimSpace(line), name+" "); found {
+			return strconv.ParseFloat(value, 64)
+		}
+	}
+	return 0, fmt.Errorf("the server has no metric %s", name)
 }
 
 // Snapshotter returns the server's snapshotter as containerd sees it, and a function
@@ -163,14 +242,28 @@ func (t *Thaw) Shutdown(ctx context.Context) error {
 	if err := t.Process.Stop(); err != nil {
 		return err
 	}
-	_, err := t.Do(ctx, "server", "teardown")
+	return t.Teardown(ctx)
+}
+
+// Teardown runs thaw server teardown with the arguments, in the server's network.
+func (t *Thaw) Teardown(ctx context.Context, args ...string) error {
+	c := t.Command(ctx, append([]string{"server", "teardown"}, args...)...)
+	if len(t.network) > 0 {
+		all := slices.Concat(t.network, []string{c.Path}, c.Args[1:])
+		c = t.lab.Command(ctx, all[0], all[1:]...)
+	}
+	_, err := output(c, c.Args)
 	return err
 }
 
 // Command returns a thaw command that speaks to this server. Not for server and
 // keeper.
 func (t *Thaw) Command(ctx context.Context, args ...string) *exec.Cmd {
-	return t.lab.Command(ctx, "thaw", append(args, "--root", t.Root, "--run", t.Run)...)
+	args = append(args, "--root", t.Root, "--run", t.Run)
+	if t.config != "" {
+		args = append(args, "--config", t.config)
+	}
+	return t.lab.Command(ctx, "thaw", args...)
 }
 
 // Do runs a thaw command and returns its standard output; an error holds what it

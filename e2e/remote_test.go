@@ -1,0 +1,157 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/thaw-project/thaw/e2e/lab"
+	"github.com/thaw-project/thaw/e2e/launch"
+	"github.com/thaw-project/thaw/e2e/recipe"
+)
+
+// cluster is a store and nodes that are machines of their own as far as the network
+// goes.
+type cluster struct {
+	b     *bench
+	star  *lab.Star
+	store *lab.Thaw
+	ca    string // folder of the certificate authority
+}
+
+const (
+	storeTarget  = "store-1"
+	attacherPort = "7443"
+	nvmePort     = "4420"
+)
+
+// newCluster starts a store in a network of its own.
+func (b *bench) newCluster(t *testing.T) *cluster {
+	t.Helper()
+	star, err := b.lab.NewStar()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &cluster{b: b, star: star, ca: filepath.Join(t.TempDir(), "ca")}
+	c.thaw(t, "certificate", "authority", "--out", c.ca)
+	files := c.issue(t, storeTarget, "--address", star.Host)
+	c.store = b.thawWith(t, lab.ThawOptions{StoreOnly: true, Network: star.Enter(), Config: fmt.Sprintf(`
+roles = ["store"]
+target = %q
+[export]
+nvme_tcp = [%q]
+attacher = %q
+certificate = %q
+key = %q
+client_ca = %q
+`, storeTarget, star.Host+":"+nvmePort, star.Host+":"+attacherPort, files+".crt", files+".key", filepath.Join(c.ca, "ca.crt"))})
+	return c
+}
+
+// thaw runs a thaw command that needs no server.
+func (c *cluster) thaw(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := c.b.lab.Command(t.Context(), "thaw", args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("thaw %s: %v: %s", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// issue makes a certificate and returns the path of its files without extension.
+func (c *cluster) issue(t *testing.T, name string, more ...string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), name)
+	c.thaw(t, append([]string{"certificate", "issue", "--ca", c.ca, "--node", name, "--out", dir}, more...)...)
+	return filepath.Join(dir, name)
+}
+
+// member is a node of a cluster.
+type member struct {
+	*launch.Node
+	port *lab.Port
+	thaw *lab.Thaw
+}
+
+// nodeConfig is the configuration of a node whose link to the store is at address.
+func (c *cluster) nodeConfig(t *testing.T, name string) string {
+	files := c.issue(t, name)
+	return fmt.Sprintf(`
+roles = ["node"]
+[[remote]]
+name = %q
+attacher = %q
+certificate = %q
+key = %q
+ca = %q
+`, storeTarget, c.star.Host+":"+attacherPort, files+".crt", files+".key", filepath.Join(c.ca, "ca.crt"))
+}
+
+// join starts a node behind a link of that rate.
+func (c *cluster) join(t *testing.T, name, rate string) *member {
+	t.Helper()
+	port, err := c.star.Add(rate)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := c.b.thawWith(t, lab.ThawOptions{NodeOnly: true, Network: port.Enter(), Config: c.nodeConfig(t, name)})
+	return &member{Node: c.b.node(t, s), port: port, thaw: s}
+}
+
+// received is what came over the node's link.
+func (m *member) received(t *testing.T) int64 {
+	t.Helper()
+	n, _, err := m.port.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// TestRemoteStart starts an image on a node that has no store, reading over a link only
+// what it touches.
+func TestRemoteStart(t *testing.T) {
+	b := start(t)
+	c := b.newCluster(t)
+	source := b.image(t, recipe.Web())
+	image, err := b.builder.Build(t.Context(), recipe.Web())
+	if err != nil {
+		t.Fatal(err)
+	}
+	unpacked, err := recipe.Unpacked(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if unpacked < 400e6 {
+		t.Fatalf("the image has %d bytes only", unpacked)
+	}
+	for i, v := range []variant{variants[0], variants[2]} {
+		t.Run(v.String(), func(t *testing.T) {
+			dest, _ := b.convert(t, c.store, source, v)
+			for _, rate := range []string{"1gbit", "200mbit"} {
+				t.Run(rate, func(t *testing.T) {
+					name := fmt.Sprintf("node-%d-%s", i, rate)
+					m := c.join(t, name, rate)
+					before := m.received(t)
+					container, timing := coldStart(t, m.Node, "remote-"+name, dest)
+					body, err := container.Ready(t.Context())
+					if err != nil || !strings.Contains(body, "hello") {
+						t.Fatalf("%q, %v", body, err)
+					}
+					bytes := m.received(t) - before
+					t.Logf("%s over %s: pull %v, create %v, ready %v; %.1f MB of %.1f MB came over the link (%.1f%%)",
+						v, rate, timing.Pull, timing.Create, timing.Ready, float64(bytes)/1e6, float64(unpacked)/1e6, 100*float64(bytes)/float64(unpacked))
+					if bytes > unpacked/4 {
+						t.Errorf("%d of %d bytes came over the link, more than a quarter", bytes, unpacked)
+					}
+					wantNoLayers(t, b, m.Containerd.Root, "64k")
+					if err := container.Delete(context.Background()); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+		})
+	}
+}
