@@ -40,7 +40,7 @@
 // In the order in which they are taken:
 //
 //	Store.admin     one structural change (create, delete, ...) at a time
-//	Lvol.mu         Close waits for the handle's operations
+//	Lvol.gate       Close waits for the handle's operations; not a lock
 //	volume.quiesce  structural changes wait for the lvol's I/O
 //	volume.stripes  ascending; a write holds its clusters', a read shares them
 //	Store.flushMu   one flush, or one commit of open marks, at a time

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
-	"sync"
 
 	"github.com/thaw-project/thaw/kind"
 )
@@ -17,9 +16,7 @@ type Lvol struct {
 	v        *volume
 	readOnly bool
 	locking  bool // the lvol can change while this handle is open
-
-	mu     sync.RWMutex
-	closed bool // guarded by mu
+	gate     gate // Close waits for the handle's operations
 }
 
 // zeroSum is the checksum of a block of zeros.
@@ -57,9 +54,7 @@ func (l *Lvol) ReadOnly() bool { return l.readOnly }
 
 // enter begins an operation on an open handle; leave ends it.
 func (l *Lvol) enter() error {
-	l.mu.RLock()
-	if l.closed {
-		l.mu.RUnlock()
+	if !l.gate.enter() {
 		return kind.Errorf(kind.Unavailable, "lvol %s is closed", l.name())
 	}
 	if l.locking {
@@ -72,7 +67,7 @@ func (l *Lvol) leave() {
 	if l.locking {
 		l.v.quiesce.RUnlock()
 	}
-	l.mu.RUnlock()
+	l.gate.leave()
 }
 
 func (l *Lvol) name() string {
@@ -83,12 +78,9 @@ func (l *Lvol) name() string {
 
 // Close closes the handle, waiting for its operations. It does not flush.
 func (l *Lvol) Close() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.closed {
+	if !l.gate.close() {
 		return nil
 	}
-	l.closed = true
 	l.s.mu.Lock()
 	l.v.handles--
 	delete(l.s.open, l)
@@ -99,11 +91,10 @@ func (l *Lvol) Close() error {
 // Flush is a barrier: what was written to this lvol (and to any other) before the
 // call survives a power loss once it returns nil.
 func (l *Lvol) Flush() error {
-	l.mu.RLock()
-	defer l.mu.RUnlock()
-	if l.closed {
+	if !l.gate.enter() {
 		return kind.Errorf(kind.Unavailable, "lvol %s is closed", l.name())
 	}
+	defer l.gate.leave()
 	if l.readOnly {
 		return nil
 	}
