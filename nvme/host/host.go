@@ -123,6 +123,7 @@ type NvmeNamespace struct {
 // Host is a connected host of one subsystem. All methods may be called concurrently.
 type Host struct {
 	c      Config
+	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
@@ -133,6 +134,7 @@ type Host struct {
 
 	mu         sync.Mutex
 	paths      []*controller // by portal, nil when down; guarded by mu, as are all below
+	portals    []portal
 	change     chan struct{} // closed and replaced when a path comes up
 	closed     bool
 	namespaces map[uint32]*shared
@@ -152,14 +154,10 @@ func Connect(ctx context.Context, c Config) (*Host, error) {
 		return nil, kind.Wrap(kind.Invalid, err)
 	}
 	run, cancel := context.WithCancel(context.Background())
-	h := &Host{c: c, cancel: cancel, paths: make([]*controller, len(c.Portals)), change: make(chan struct{}), namespaces: map[uint32]*shared{}}
+	h := &Host{c: c, ctx: run, cancel: cancel, change: make(chan struct{}), namespaces: map[uint32]*shared{}}
 	first := make(chan error, len(c.Portals))
-	for i := range c.Portals {
-		h.wg.Add(1)
-		go func() {
-			defer h.wg.Done()
-			h.run(run, i, first)
-		}()
+	for _, addr := range c.Portals {
+		h.addPath(addr, first)
 	}
 	var errs []error
 	for range c.Portals {
@@ -191,8 +189,7 @@ func (h *Host) Close() error {
 
 // run keeps the path of one portal: connect, watch, back off, again. The outcome of
 // the first attempt goes to first.
-func (h *Host) run(ctx context.Context, portal int, first chan<- error) {
-	addr := h.c.Portals[portal]
+func (h *Host) run(ctx context.Context, portal int, addr string, first chan<- error) {
 	delay := h.c.ReconnectDelay
 	for {
 		cctx, cancel := context.WithTimeout(ctx, h.c.ConnectTimeout)
