@@ -26,6 +26,7 @@ help: ## list the targets
 	@echo "  make demo IMAGE=ref      another image instead of the one built from Debian"
 	@echo "  make demo ALL=1          all four combinations of mode and file system"
 	@echo "  make fuzz FUZZTIME=60s   how long each fuzz target runs"
+	@echo "  make bench BENCH=io      only rows whose name begins so: io, convert, lvol, erofs, ext4, warm, cold"
 	@echo "  make crash ROUNDS=200    how many rounds, SEED=n to repeat a run"
 
 .PHONY: build
@@ -83,7 +84,7 @@ demo: deps tools build ## start a real image cold with containerd's overlayfs an
 
 .PHONY: bench
 bench: deps tools build ## measure conversion, I/O and starts; table and out/bench.json
-	@go run ./bench
+	@go run ./bench $(if $(BENCH),-run '^$(BENCH)[-/]')
 
 .PHONY: crash
 crash: deps tools build ## kill processes at random moments, ROUNDS times

@@ -16,6 +16,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/thaw-project/thaw/lvol"
 )
 
 const (
@@ -52,6 +54,9 @@ var netPatterns = []netPattern{
 	{name: "read-128k-qd8", bytes: 128 << 10, depth: 8, sequential: true},
 	{name: "write-128k-qd8", bytes: 128 << 10, depth: 8, write: true, sequential: true},
 }
+
+// enginePatterns are those that compare the engines where the device costs least.
+var enginePatterns = []netPattern{netPatterns[2], netPatterns[5]}
 
 func (p netPattern) about() string {
 	verb := "reads"
@@ -103,8 +108,35 @@ func (b *bench) netFile() (*netIO, error) {
 		if err := f.Truncate(netBytes); err != nil {
 			return n, err
 		}
-		return n, fillBytes(f, netBytes)
+		if err := fillBytes(f, netBytes); err != nil {
+			return n, err
+		}
+		return n, n.makePool()
 	})
+}
+
+// makePool makes a pool with a filled lvol of ramBytes and its snapshot "image".
+func (n *netIO) makePool() (err error) {
+	if err := lvol.Create(lvol.CreateOptions{Dir: n.pool(), CapacityBytes: 2 * ramBytes}); err != nil {
+		return err
+	}
+	s, err := lvol.Open(lvol.Options{Dir: n.pool()})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	if _, err := s.Create("written", ramBytes); err != nil {
+		return err
+	}
+	l, err := s.OpenLvol("written", false)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(fillBytes(l, ramBytes), l.Close()); err != nil {
+		return err
+	}
+	_, err = s.Snapshot("written", "image")
+	return err
 }
 
 func (n *netIO) close() error {
@@ -128,9 +160,11 @@ func ours(name, protocol, engine string, device func(n *netIO) string) subjectKi
 	}}
 }
 
+func lvolDevice(n *netIO) string  { return "lvol:" + n.pool() + ":image" }
 func fileDevice(n *netIO) string  { return "file:" + n.file }
 func memoryDevice(*netIO) string  { return "memory:" + strconv.Itoa(ramBytes) }
 func qcow2Device(n *netIO) string { return "qcow2:" + n.overlay() + ":" + n.file }
+func (n *netIO) pool() string     { return filepath.Join(n.dir, "pool") }
 func (n *netIO) overlay() string  { return filepath.Join(n.dir, "overlay.qcow2") }
 
 // networked are the comparisons of our targets with each other and with other servers.
@@ -145,6 +179,10 @@ func (b *bench) networked() (all []comparison) {
 			all = append(all, c)
 		}
 	}
+	idle := ours("shared-nothing", "nvmf", "shared-nothing", memoryDevice)
+	all = append(all, comparison{name: "io-idle", about: "our target with a host that was busy and is idle, per second", rounds: netRounds,
+		metrics:  []metric{{name: "cpu", unit: "CPU s"}},
+		subjects: []subject{{idle.name, func(ctx context.Context) (sample, error) { return b.measureIdle(ctx, idle) }}}})
 	add("nvme", "our target by our host over NVMe/TCP, loopback, a file on tmpfs", netPatterns,
 		ours("thread-pool", "nvmf", "thread-pool", fileDevice),
 		ours("shared-nothing", "nvmf", "shared-nothing", fileDevice))
@@ -162,11 +200,13 @@ func (b *bench) networked() (all []comparison) {
 			return []string{"qemu-nbd", "-f", "qcow2", "-t", "-k", socket, n.overlay()}
 		}},
 		ours("thaw-qcow2", "nbd", "shared-nothing", qcow2Device))
-	engines := []netPattern{netPatterns[2], netPatterns[5]}
-	add("memory-nvme", "our target by our host over NVMe/TCP, loopback, a device in memory", engines,
+	add("lvol-nvme", "our target by our host over NVMe/TCP, loopback, an immutable lvol on tmpfs", enginePatterns[:1],
+		ours("thread-pool", "nvmf", "thread-pool", lvolDevice),
+		ours("shared-nothing", "nvmf", "shared-nothing", lvolDevice))
+	add("memory-nvme", "our target by our host over NVMe/TCP, loopback, a device in memory", enginePatterns,
 		ours("thread-pool", "nvmf", "thread-pool", memoryDevice),
 		ours("shared-nothing", "nvmf", "shared-nothing", memoryDevice))
-	add("memory-nbd", "our server by fio over a Unix socket, a device in memory", engines,
+	add("memory-nbd", "our server by fio over a Unix socket, a device in memory", enginePatterns,
 		ours("thread-pool", "nbd", "thread-pool", memoryDevice),
 		ours("shared-nothing", "nbd", "shared-nothing", memoryDevice))
 	return all
@@ -216,6 +256,26 @@ func (b *bench) measure(ctx context.Context, k subjectKind, p netPattern) (_ sam
 		v["allocs"] = float64(after-before) / (report.IOPS * (netTime + ramp).Seconds())
 	}
 	return v, nil
+}
+
+// measureIdle measures what a target uses for a host that does nothing.
+func (b *bench) measureIdle(ctx context.Context, k subjectKind) (_ sample, err error) {
+	n, err := b.netFile()
+	if err != nil {
+		return nil, err
+	}
+	s, err := b.startServer(ctx, k, n, k.name+".idle")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, s.stop()) }()
+	c, err := b.startClient(ctx, k, netPattern{bytes: 4 << 10}, s.address, k.name+".idle")
+	if err != nil {
+		return nil, err
+	}
+	during, err := windowOf(s.pid(), c.command.Process.Pid, netTime+ramp)
+	_, failed := c.wait()
+	return sample{"cpu": during.server.cpuSeconds / during.seconds}, errors.Join(failed, err)
 }
 
 // server is a server process.
@@ -343,7 +403,8 @@ func (b *bench) startClient(ctx context.Context, k subjectKind, p netPattern, ad
 
 // deviceBytes is the size of what a subject serves.
 func deviceBytes(k subjectKind) int {
-	if slices.Contains(k.server(&netIO{}, ""), memoryDevice(nil)) {
+	args := k.server(&netIO{}, "")
+	if slices.Contains(args, memoryDevice(nil)) || slices.Contains(args, lvolDevice(&netIO{})) {
 		return ramBytes
 	}
 	return netBytes

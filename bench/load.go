@@ -36,7 +36,7 @@ func load(args []string) (err error) {
 	f := flag.NewFlagSet("load", flag.ContinueOnError)
 	portal := f.String("portal", "", "address of the target")
 	size := f.Int("bytes", 4096, "of one operation")
-	depth := f.Int("depth", 1, "operations at a time")
+	depth := f.Int("depth", 1, "operations at a time; 0 idles after some")
 	queues := f.Int("queues", 1, "I/O queues")
 	write := f.Bool("write", false, "write, not read")
 	sequential := f.Bool("sequential", false, "one after the other, not at random")
@@ -79,6 +79,13 @@ type loader struct {
 }
 
 func (l *loader) run(depth int, duration time.Duration) (loadReport, error) {
+	if depth == 0 {
+		begin := time.Now()
+		var times histogram
+		err := l.worker(0, begin, begin.Add(ramp/2), &times)
+		time.Sleep(time.Until(begin.Add(ramp + duration)))
+		return loadReport{}, err
+	}
 	times := make([]histogram, depth)
 	errs := make([]error, depth)
 	begin := time.Now().Add(ramp)

@@ -106,8 +106,13 @@ func run(ctx context.Context, o options) (err error) {
 		if failed != nil {
 			return errors.Join(fmt.Errorf("%s: %w", c.name, failed), writeRows(o.json, rows))
 		}
-		printTable(os.Stdout, c, measured)
+		if strings.HasPrefix(c.name, "io-") {
+			printWide(os.Stdout, c, measured)
+		} else {
+			printTable(os.Stdout, c, measured)
+		}
 	}
+	printAims(os.Stdout, netAims(), rows)
 	if err := writeRows(o.json, rows); err != nil {
 		return err
 	}
