@@ -16,6 +16,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/node/cache"
 )
 
 // Defaults that need no file.
@@ -83,6 +84,7 @@ type Config struct {
 
 	Export      ExportConfig      `toml:"export"`
 	Remote      []RemoteConfig    `toml:"remote"`
+	Cache       CacheConfig       `toml:"cache"`
 	Pool        PoolConfig        `toml:"pool"`
 	Snapshotter SnapshotterConfig `toml:"snapshotter"`
 	Metrics     MetricsConfig     `toml:"metrics"`
@@ -119,6 +121,21 @@ type MetricsConfig struct {
 	Address string `toml:"address"`
 }
 
+// CacheConfig describes the cache of what other machines store.
+type CacheConfig struct {
+	Enabled bool `toml:"enabled"`
+	// Dir is <root>/cache if empty.
+	Dir  string `toml:"dir"`
+	Size Size   `toml:"size"`
+}
+
+func (c *Config) cacheDir() string {
+	if c.Cache.Dir != "" {
+		return c.Cache.Dir
+	}
+	return c.Paths().Cache
+}
+
 // DefaultConfig is the configuration without a file.
 func DefaultConfig() Config {
 	return Config{
@@ -127,6 +144,7 @@ func DefaultConfig() Config {
 		Roles:    []string{RoleStore, RoleNode},
 		Target:   "local",
 		LogLevel: slog.LevelInfo,
+		Cache:    CacheConfig{Enabled: true, Size: cache.DefaultSizeBytes},
 		Pool:     PoolConfig{Cluster: 64 << 10, IO: "file"},
 		Snapshotter: SnapshotterConfig{
 			AttachTimeout: Duration(10 * time.Second),
@@ -222,6 +240,11 @@ func (c *Config) Validate() error {
 	if s := c.Pool.Capacity; s != 0 && s < minPoolClusters*c.Pool.Cluster {
 		return kind.Errorf(kind.Invalid, "pool.capacity of %d bytes: must hold at least %d clusters of %d bytes", s, minPoolClusters, c.Pool.Cluster)
 	}
+	if c.Cache.Enabled {
+		if err := (cache.Options{Dir: c.cacheDir(), SizeBytes: int64(c.Cache.Size)}).Validate(); err != nil {
+			return kind.Errorf(kind.Invalid, "cache: %w", err)
+		}
+	}
 	if c.Pool.Device != "" && c.Pool.Capacity != 0 {
 		return kind.Errorf(kind.Invalid, "pool.capacity is the size of a file; with pool.device the device's size counts")
 	}
@@ -235,7 +258,7 @@ func (c *Config) Validate() error {
 type Paths struct {
 	RootLock, RunLock                                   string
 	Pool, AttacherDB, ImagemgmtDB, Snapshotter, Mounts  string
-	RemoteDB, Scratch                                   string
+	RemoteDB, Scratch, Cache                            string
 	Socket, SnapshotterSocket, KeeperSocket, MetricSock string
 	Dev, FuseState                                      string
 }
@@ -248,7 +271,7 @@ func (c *Config) Paths() Paths {
 		RootLock: root("lock"), RunLock: run("lock"),
 		Pool: root("pool"), AttacherDB: root("attacher.db"), ImagemgmtDB: root("imagemgmt.db"),
 		Snapshotter: root("snapshotter"), Mounts: root("mnt"),
-		RemoteDB: root("remote.db"), Scratch: root("scratch"),
+		RemoteDB: root("remote.db"), Scratch: root("scratch"), Cache: root("cache"),
 		Socket: run("thaw.sock"), SnapshotterSocket: run("snapshotter.sock"),
 		KeeperSocket: run("keeper.sock"), MetricSock: run("metrics.sock"),
 		Dev: run("dev"), FuseState: run("fuse.json"),

@@ -2,14 +2,18 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/thaw-project/thaw/attacher/rpc"
+	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/node/cache"
 	"github.com/thaw-project/thaw/node/imagemgmt"
 	"github.com/thaw-project/thaw/node/remote"
 	"github.com/thaw-project/thaw/node/snapshotter"
+	"github.com/thaw-project/thaw/target/bdev"
 )
 
 // openRemote opens the record of what is attached at other machines.
@@ -28,7 +32,54 @@ func (s *Server) openRemote(registry *prometheus.Registry) (err error) {
 		return err
 	}
 	s.onClose("remote targets", s.remote.Close)
+	return s.openCache(registry)
+}
+
+// openCache opens the cache of what other machines store. A node without it works, only
+// slower.
+func (s *Server) openCache(registry *prometheus.Registry) error {
+	if !s.config.Cache.Enabled {
+		return nil
+	}
+	c, err := cache.Open(cache.Options{
+		Dir: s.config.cacheDir(), SizeBytes: int64(s.config.Cache.Size), Logger: s.logger.With("part", "cache"), Registerer: registry,
+		// The kernel above reads ahead as far as pays. Reading further by the reader's
+		// pace would fetch something else at each start of the same image.
+		ReadAheadBytes: -1,
+	})
+	if errors.Is(err, kind.Invalid) || errors.Is(err, kind.InUse) || errors.Is(err, kind.Unsupported) {
+		return err // an operator's mistake
+	}
+	if err != nil {
+		s.logger.Error("no cache: every start reads from the network", "error", err)
+		return nil
+	}
+	s.cache = c
+	s.onClose("cache", c.Close)
 	return nil
+}
+
+// openRemoteLvol opens a block that another machine stores, through the cache.
+func (s *Server) openRemoteLvol(target, block string) (bdev.Device, error) {
+	d, err := s.remote.Open(target, block)
+	if err != nil || s.cache == nil {
+		return d, err
+	}
+	runs, err := s.remote.Map(target, block)
+	if err != nil {
+		s.logger.Warn("a block is not cached", "block", block, "target", target, "error", err)
+		return d, nil
+	}
+	// Owners are one store's: what the node calls the target keeps stores apart.
+	m := cache.Map{Domain: target, Runs: make([]cache.Run, len(runs))}
+	for i, r := range runs {
+		m.Runs[i] = cache.Run(r)
+	}
+	cached, err := s.cache.Device(d, m)
+	if err != nil {
+		return nil, err
+	}
+	return cached, nil
 }
 
 // closeRemote makes whoever waits for another machine fail.

@@ -24,6 +24,7 @@ import (
 	"github.com/thaw-project/thaw/keeper"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/lvol"
+	"github.com/thaw-project/thaw/node/cache"
 	"github.com/thaw-project/thaw/node/imagemgmt"
 	"github.com/thaw-project/thaw/node/present"
 	"github.com/thaw-project/thaw/node/present/fuse"
@@ -51,7 +52,8 @@ type Server struct {
 	attacher *attacher.Attacher
 
 	// Of the role node, else nil.
-	remote    *remote.Remote
+	remote    *remote.Remote // nil without remote targets, as cache
+	cache     *cache.Cache   // nil when not enabled
 	images    *imagemgmt.Manager
 	snapshots *snapshotter.Snapshotter
 }
@@ -276,7 +278,7 @@ func (s *Server) open(source present.Source, readOnly bool) (bdev.Device, error)
 func (s *Server) openLvol(source present.Source, readOnly bool) (bdev.Device, error) {
 	switch {
 	case source.Target != "" && s.remote != nil && readOnly:
-		return s.remote.Open(source.Target, source.Lvol)
+		return s.openRemoteLvol(source.Target, source.Lvol)
 	case source.Target != "":
 		return nil, kind.Errorf(kind.ReadOnly, "open lvol %s of target %s: lvols of other machines are read-only", source.Lvol, source.Target)
 	case s.store != nil:

@@ -110,6 +110,39 @@ func (m *member) received(t *testing.T) int64 {
 	return n
 }
 
+// control bounds what goes over a link when nothing is read: handshakes of TLS and
+// NVMe, keep alives, and a call or two.
+const control = 64 << 10
+
+// secondStart starts a pulled image after everything of Thaw on the node was stopped
+// and unmounted, as by a reboot.
+func secondStart(t *testing.T, m *member, name, ref string) {
+	t.Helper()
+	if err := m.thaw.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := lab.DropCaches(); err != nil {
+		t.Fatal(err)
+	}
+	before := m.received(t)
+	if err := m.thaw.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	container, timing := coldStart(t, m.Node, "again-"+name, ref)
+	if body, err := container.Ready(t.Context()); err != nil || !strings.Contains(body, "hello") {
+		t.Fatalf("%q, %v", body, err)
+	}
+	bytes := m.received(t) - before
+	read, err := m.thaw.Metric(t.Context(), "thaw_remote_read_bytes_total")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("after a reboot: pull %v, create %v, ready %v; %.0f bytes were read from the store, %d bytes came over the link", timing.Pull, timing.Create, timing.Ready, read, bytes)
+	if read != 0 || bytes > control {
+		t.Errorf("the second start read %.0f bytes from the store, and %d came over the link", read, bytes)
+	}
+}
+
 // TestRemoteStart starts an image on a node that has no store, reading over a link only
 // what it touches.
 func TestRemoteStart(t *testing.T) {
@@ -150,6 +183,7 @@ func TestRemoteStart(t *testing.T) {
 					if err := container.Delete(context.Background()); err != nil {
 						t.Error(err)
 					}
+					secondStart(t, m, name, dest)
 				})
 			}
 		})

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/uuid"
 	"go.etcd.io/bbolt"
+	"google.golang.org/protobuf/proto"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/kind"
@@ -20,6 +21,7 @@ import (
 // The database, format version 1.
 //
 //	bucket "attached"  target \0 block -> record, JSON
+//	bucket "maps"      target \0 block -> attacherv1.BlockMap, of a block in "attached"
 //
 // A record is written after the store has agreed and dropped after it has let go. What
 // the store has and no record says is found by asking it, at every start and after
@@ -29,7 +31,10 @@ const (
 	dbVersion = 1
 )
 
-var attachedBucket = []byte("attached")
+var (
+	attachedBucket = []byte("attached")
+	mapsBucket     = []byte("maps")
+)
 
 // Bounds of what a store answers.
 const (
@@ -111,7 +116,7 @@ func splitKey(k string) (target, block string) {
 }
 
 func openDB(path string) (*statedb.DB, error) {
-	return statedb.Open(statedb.Options{Path: path, Part: dbPart, Version: dbVersion, Buckets: []string{string(attachedBucket)}})
+	return statedb.Open(statedb.Options{Path: path, Part: dbPart, Version: dbVersion, Buckets: []string{string(attachedBucket), string(mapsBucket)}})
 }
 
 func decodeRecord(k, v []byte) (record, error) {
@@ -146,14 +151,33 @@ func load(db *statedb.DB) (map[string]*record, error) {
 	return out, err
 }
 
-func putRecord(db *statedb.DB, target, block string, r record) error {
+// putRecord writes a record, and the block's map if there is one.
+func putRecord(db *statedb.DB, target, block string, r record, m *attacherv1.BlockMap) error {
 	raw, err := json.Marshal(r)
 	if err != nil {
 		return err
 	}
-	return db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(attachedBucket).Put([]byte(key(target, block)), raw) })
+	var rawMap []byte
+	if m != nil {
+		if rawMap, err = proto.Marshal(m); err != nil {
+			return err
+		}
+	}
+	return db.Update(func(tx *bbolt.Tx) error {
+		if rawMap != nil {
+			if err := tx.Bucket(mapsBucket).Put([]byte(key(target, block)), rawMap); err != nil {
+				return err
+			}
+		}
+		return tx.Bucket(attachedBucket).Put([]byte(key(target, block)), raw)
+	})
 }
 
 func dropRecord(db *statedb.DB, target, block string) error {
-	return db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(attachedBucket).Delete([]byte(key(target, block))) })
+	return db.Update(func(tx *bbolt.Tx) error {
+		if err := tx.Bucket(mapsBucket).Delete([]byte(key(target, block))); err != nil {
+			return err
+		}
+		return tx.Bucket(attachedBucket).Delete([]byte(key(target, block)))
+	})
 }

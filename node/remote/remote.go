@@ -276,16 +276,16 @@ func (r *Remote) record(targetName, block string) (record, bool) {
 	return *rec, true
 }
 
-// put records a block as attached.
-func (r *Remote) put(targetName, block string, rec record) error {
+// put records a block as attached, with its map if m is not nil.
+func (r *Remote) put(targetName, block string, rec record, m *attacherv1.BlockMap) error {
 	old, ok := r.record(targetName, block)
-	if ok && old.equal(rec) {
+	if ok && old.equal(rec) && m == nil {
 		return nil
 	}
 	if ok && old.SizeBytes != rec.SizeBytes {
 		return kind.Errorf(kind.Corrupt, "block %s of target %s has %d bytes now and had %d: blocks never change", block, targetName, rec.SizeBytes, old.SizeBytes)
 	}
-	if err := putRecord(r.db, targetName, block, rec); err != nil {
+	if err := putRecord(r.db, targetName, block, rec, m); err != nil {
 		return err
 	}
 	r.mu.Lock()

@@ -72,7 +72,14 @@ func (t *target) attach(ctx context.Context, block string) error {
 	if err != nil {
 		return fmt.Errorf("the store's answer makes no sense: %w", err)
 	}
-	if err := t.r.put(t.o.Name, block, rec); err != nil {
+	var m *attacherv1.BlockMap
+	if _, known := t.r.record(t.o.Name, block); !known && !t.r.o.KernelHost {
+		m, err = t.fetchMap(ctx, c, block, rec.SizeBytes)
+		if err != nil && !errors.Is(err, kind.Unsupported) {
+			return fmt.Errorf("get its map: %w", err)
+		}
+	}
+	if err := t.r.put(t.o.Name, block, rec, m); err != nil {
 		return err
 	}
 	t.mu.Lock()
