@@ -51,30 +51,32 @@ const loudInterval = time.Minute
 // process has it, kind.Unsupported when a newer program made it, kind.Invalid when the
 // directory holds somebody else's files. A damaged cache is made anew. The time it
 // takes is that of reading the index, 0.2 % of the data.
-func Open(o Options) (c *Cache, err error) {
+func Open(o Options) (*Cache, error) {
 	if err := o.Validate(); err != nil {
 		return nil, err
 	}
 	o.ensureDefaults()
-	c = &Cache{o: o, log: o.Logger, devices: map[*Device]struct{}{}}
-	defer func() {
-		if err != nil {
-			c.closeFiles()
-		}
-	}()
-	if c.dir, err = lockDir(o.Dir); err != nil {
-		return nil, err
+	c := &Cache{o: o, log: o.Logger, devices: map[*Device]struct{}{}}
+	if err := c.open(); err != nil {
+		return nil, errors.Join(err, c.closeFiles())
+	}
+	return c, nil
+}
+
+func (c *Cache) open() (err error) {
+	if c.dir, err = lockDir(c.o.Dir); err != nil {
+		return err
 	}
 	if err := c.openFiles(); err != nil {
-		return nil, err
+		return err
 	}
 	c.scratch.New = func() any { return &scratch{unit: make([]byte, c.unit), record: make([]byte, c.recBuf)} }
 	c.load()
-	if err := c.metrics.register(c, o.Registerer); err != nil {
-		return nil, fmt.Errorf("open node cache %s: %w", o.Dir, err)
+	if err := c.metrics.register(c, c.o.Registerer); err != nil {
+		return fmt.Errorf("open node cache %s: %w", c.o.Dir, err)
 	}
 	c.pace.start(c)
-	return c, nil
+	return nil
 }
 
 // scratch is what one read of a slot, or one write, needs beside the caller's buffer.

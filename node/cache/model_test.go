@@ -215,6 +215,10 @@ type world struct {
 func (w *world) open() {
 	w.o.openFile = w.disks.open
 	c, err := Open(w.o)
+	if errors.Is(err, syscall.EIO) || errors.Is(err, syscall.ENOSPC) { // injected: nothing can be kept
+		w.heal()
+		c, err = Open(w.o)
+	}
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -305,6 +309,13 @@ func (w *world) check(k int, at int64, n int) error {
 	return nil
 }
 
+func (w *world) heal() {
+	for _, f := range w.disks.faults {
+		f.Heal()
+	}
+	w.now.Add(int64(2 * retryInterval))
+}
+
 // event is what happens between rounds of reads.
 func (w *world) event() string {
 	what := w.r.IntN(12)
@@ -329,10 +340,7 @@ func (w *world) event() string {
 		f.Inject(rule)
 		return fmt.Sprintf("fault %+v", rule)
 	case 4, 5:
-		for _, f := range w.disks.faults {
-			f.Heal()
-		}
-		w.now.Add(int64(2 * retryInterval))
+		w.heal()
 		return "healed"
 	case 6:
 		w.broken.Store(!w.broken.Load())
