@@ -569,6 +569,25 @@ func TestReadAhead(t *testing.T) {
 	if n := most.Load(); n > aheadWorkers*aheadChunkBytes+32<<10 {
 		t.Errorf("%d bytes were under way", n)
 	}
+	// What is there is not read ahead of: another reader, even after a restart, that
+	// stops in the middle of what there is fetches nothing.
+	for i := range 2 {
+		if i == 1 {
+			ok(t, c.Close())
+			c = openCache(t, c.o)
+		}
+		before, half := r.bytes.Load(), &remote{runs: []Run{{0, 32 * mib, true, owner(1)}}}
+		again := attach(t, c, half)
+		for at := int64(0); at < 16*mib; at += 128 << 10 {
+			_, err := again.ReadAt(make([]byte, 128<<10), at)
+			ok(t, err)
+		}
+		idle(c)
+		if n := half.bytes.Load() + r.bytes.Load() - before; n != 0 {
+			t.Errorf("%d bytes fetched behind what a second reader read", n)
+		}
+	}
+	st = c.Stat()
 	// Here and there is no stream.
 	rnd := rand.New(rand.NewPCG(1, 2))
 	q := &remote{runs: []Run{{0, 32 * mib, true, owner(2)}}}

@@ -111,9 +111,9 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	defer d.ops.Done()
-	d.streams.note(d, off, int64(len(p)))
+	stream := d.streams.note(d, off, int64(len(p)))
 	for n := 0; n < len(p); {
-		m, err := d.read(p[n:], off+int64(n))
+		m, err := d.read(p[n:], off+int64(n), stream)
 		n += m
 		if err != nil {
 			return n, err
@@ -123,7 +123,7 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 }
 
 // read fills a first part of p, which is inside the device, and returns its length.
-func (d *Device) read(p []byte, at int64) (int, error) {
+func (d *Device) read(p []byte, at int64, stream int) (int, error) {
 	unit := int64(d.c.unit)
 	start := at &^ (unit - 1)
 	n := min(len(p), int(unit-(at-start)))
@@ -132,7 +132,7 @@ func (d *Device) read(p []byte, at int64) (int, error) {
 		clear(p[:n])
 		return n, nil
 	case classKept:
-		return d.readKept(p, n, at, k)
+		return d.readKept(p, n, at, k, stream)
 	}
 	for next := start + unit; n < len(p); next += unit { // as many more as are passed through
 		if class, _ := d.layout.unit(next); class != classDirect {
@@ -161,15 +161,18 @@ func (d *Device) readRemote(p []byte, at int64) (int, error) {
 
 // readKept fills n bytes of p from the unit of key k. When it must fetch that it fetches
 // what else of p is missing next to it too, and fills more.
-func (d *Device) readKept(p []byte, n int, at int64, k key) (int, error) {
+func (d *Device) readKept(p []byte, n int, at int64, k key, stream int) (int, error) {
 	c := d.c
 	s := c.shard(k)
 	in := int(at) & (c.unit - 1)
 	for range maxTries {
 		s.mu.Lock()
-		if i, valid, ok := s.take(k, in, n); ok {
+		if t, ok := s.take(k, in, n); ok {
 			s.mu.Unlock()
-			if c.read(s, i, p[:n], in, valid) {
+			if t.ahead {
+				d.streams.push(d, stream)
+			}
+			if c.read(s, t, p[:n], in) {
 				return n, nil
 			}
 			continue
@@ -179,6 +182,7 @@ func (d *Device) readKept(p []byte, n int, at int64, k key) (int, error) {
 			f := newFlight()
 			s.flights[k] = flightRef{f: f, n: int(min(int64(c.unit), d.layout.sizeBytes-at+int64(in)))}
 			s.mu.Unlock()
+			d.streams.push(d, stream)
 			return d.lead(f, p, n, at, k)
 		}
 		ref.f.refs.Add(1)
@@ -186,6 +190,7 @@ func (d *Device) readKept(p []byte, n int, at int64, k key) (int, error) {
 		s.flights[k] = ref
 		s.mu.Unlock()
 		c.count.joins.Add(1)
+		d.streams.push(d, stream)
 		<-ref.f.done
 		ok = ref.f.err == nil && in+n <= ref.n
 		if ok {

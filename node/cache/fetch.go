@@ -196,11 +196,12 @@ func (c *Cache) pause(err error) {
 	}
 }
 
-// read fills p from in bytes into slot i, which the caller has pinned and which has
-// valid bytes, enough, and lets go of it. False: the slot was bad and is dropped.
-func (c *Cache) read(s *shard, i uint32, p []byte, in, valid int) bool {
+// read fills p from in bytes into a slot, which has enough of them, and lets go of it.
+// False: the slot was bad and is dropped.
+func (c *Cache) read(s *shard, t taken, p []byte, in int) bool {
+	i := t.slot
 	first := in &^ (blockBytes - 1)
-	last := min((in+len(p)+blockBytes-1)&^(blockBytes-1), valid)
+	last := min((in+len(p)+blockBytes-1)&^(blockBytes-1), t.valid)
 	b := p
 	var sc *scratch
 	if first != in || last != in+len(p) {

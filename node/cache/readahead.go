@@ -46,13 +46,13 @@ type streams struct {
 	list  [maxStreams]stream // guarded by mu
 }
 
-// note tells of a read and starts reading ahead where it continues a stream.
-func (st *streams) note(d *Device, off, n int64) {
-	limit := d.c.o.ReadAheadBytes
-	if limit <= 0 {
-		return
+// note tells of a read, and returns which stream it belongs to.
+func (st *streams) note(d *Device, off, n int64) (stream int) {
+	if d.c.o.ReadAheadBytes <= 0 {
+		return 0
 	}
 	st.mu.Lock()
+	defer st.mu.Unlock()
 	st.clock++
 	i := st.match(off, n)
 	s := &st.list[i]
@@ -61,10 +61,23 @@ func (st *streams) note(d *Device, off, n int64) {
 		s.next = end
 		s.steady++
 	}
-	submit := false
-	if s.steady >= steadyReads && !s.queued && s.ahead-s.next <= s.window/2 && s.next < d.layout.sizeBytes {
+	return i
+}
+
+// push reads on ahead of a stream whose reader wants what is not there, or what
+// only read-ahead had brought. What a reader finds that others read before is no reason:
+// a second start of an image would, at another pace, fetch what the first did not.
+func (st *streams) push(d *Device, i int) {
+	limit := d.c.o.ReadAheadBytes
+	if limit <= 0 {
+		return
+	}
+	st.mu.Lock()
+	s := &st.list[i]
+	submit := s.steady >= steadyReads && !s.queued && s.ahead-s.next <= s.window/2 && s.next < d.layout.sizeBytes
+	if submit {
 		s.window = min(max(2*s.window, firstWindow), limit)
-		s.queued, submit = true, true
+		s.queued = true
 	}
 	st.mu.Unlock()
 	if submit && !d.c.pace.submit(d, i) {

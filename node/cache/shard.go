@@ -133,23 +133,30 @@ func (s *shard) find(k key) uint32 {
 	return i
 }
 
-// take finds k and pins its slot for a read of n bytes at in. It returns how many bytes
-// the slot has; false when it is not there or has less. The caller holds mu.
-func (s *shard) take(k key, in, n int) (i uint32, valid int, ok bool) {
-	i = s.find(k)
+// taken is a slot that is pinned for a read.
+type taken struct {
+	slot  uint32
+	valid int  // bytes that it has
+	ahead bool // it was read ahead, and this is the first to ask for it
+}
+
+// take finds k and pins its slot for a read of n bytes at in; false when it is not there
+// or has less. The caller holds mu.
+func (s *shard) take(k key, in, n int) (taken, bool) {
+	i := s.find(k)
 	if i == none {
-		return none, 0, false
+		return taken{}, false
 	}
 	e := &s.slots[i]
-	valid = int(e.sectors) * sector
-	if in+n > valid || e.readers == maxReaders {
-		return none, 0, false
+	t := taken{slot: i, valid: int(e.sectors) * sector, ahead: e.has(flagReadAhead)}
+	if in+n > t.valid || e.readers == maxReaders {
+		return taken{}, false
 	}
 	e.readers++
 	s.use(e, in, n)
 	s.count.hits++
 	s.count.hitBytes += uint64(n)
-	return i, valid, true
+	return t, true
 }
 
 // use notes a read. Only a second read of the same bytes is a use: see the package
