@@ -76,7 +76,7 @@ type member struct {
 }
 
 // nodeConfig is the configuration of a node whose link to the store is at address.
-func (c *cluster) nodeConfig(t *testing.T, name string) string {
+func (c *cluster) nodeConfig(t *testing.T, name, more string) string {
 	files := c.issue(t, name)
 	return fmt.Sprintf(`
 roles = ["node"]
@@ -86,17 +86,24 @@ attacher = %q
 certificate = %q
 key = %q
 ca = %q
-`, storeTarget, c.star.Host+":"+attacherPort, files+".crt", files+".key", filepath.Join(c.ca, "ca.crt"))
+%s`, storeTarget, c.star.Host+":"+attacherPort, files+".crt", files+".key", filepath.Join(c.ca, "ca.crt"), more)
 }
 
 // join starts a node behind a link of that rate.
 func (c *cluster) join(t *testing.T, name, rate string) *member {
 	t.Helper()
-	port, err := c.star.Add(rate)
+	return c.joinAt(t, c.star, name, rate, "")
+}
+
+// joinAt is join in the network of a star that looks like the store's, with an addition
+// to the node's configuration.
+func (c *cluster) joinAt(t *testing.T, star *lab.Star, name, rate, more string) *member {
+	t.Helper()
+	port, err := star.Add(rate)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := c.b.thawWith(t, lab.ThawOptions{NodeOnly: true, Network: port.Enter(), Config: c.nodeConfig(t, name)})
+	s := c.b.thawWith(t, lab.ThawOptions{NodeOnly: true, Network: port.Enter(), Config: c.nodeConfig(t, name, more)})
 	return &member{Node: c.b.node(t, s), port: port, thaw: s}
 }
 

@@ -5,8 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
+	"runtime"
 	"strconv"
+
+	"golang.org/x/sys/unix"
 )
 
 // Star is a store's network: a namespace with a bridge, to which each node is joined
@@ -108,6 +112,55 @@ func (p *Port) SetUp(up bool) error {
 		state = "up"
 	}
 	return run("ip", "-n", p.star.name, "link", "set", p.port, state)
+}
+
+// Listen listens at a TCP port of the store's address, from this process.
+func (s *Star) Listen(port string) (l net.Listener, err error) {
+	err = inside(s.name, func() (err error) {
+		l, err = net.Listen("tcp", net.JoinHostPort(s.Host, port))
+		return err
+	})
+	return l, err
+}
+
+// Dial connects from the store's network, from this process.
+func (s *Star) Dial(ctx context.Context, address string) (net.Conn, error) {
+	return dialInside(ctx, s.name, address)
+}
+
+// Dial connects from the node's network, from this process.
+func (p *Port) Dial(ctx context.Context, address string) (net.Conn, error) {
+	return dialInside(ctx, p.name, address)
+}
+
+func dialInside(ctx context.Context, namespace, address string) (c net.Conn, err error) {
+	err = inside(namespace, func() (err error) {
+		var d net.Dialer
+		c, err = d.DialContext(ctx, "tcp", address)
+		return err
+	})
+	return c, err
+}
+
+// inside runs f in a network namespace. Sockets that it makes stay there.
+func inside(namespace string, f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		// The thread ends with the goroutine: it is never unlocked.
+		runtime.LockOSThread()
+		done <- func() error {
+			ns, err := os.Open("/run/netns/" + namespace)
+			if err != nil {
+				return err
+			}
+			defer ns.Close()
+			if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+				return fmt.Errorf("enter network namespace %s: %w", namespace, err)
+			}
+			return f()
+		}()
+	}()
+	return <-done
 }
 
 // Bytes returns how many bytes, headers included, the node has received and sent.

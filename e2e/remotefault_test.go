@@ -1,0 +1,302 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/thaw-project/thaw/e2e/lab"
+	"github.com/thaw-project/thaw/e2e/launch"
+	"github.com/thaw-project/thaw/e2e/recipe"
+)
+
+// noCache makes a node read everything from the store whenever the kernel has
+// forgotten it.
+const noCache = "[cache]\nenabled = false\n"
+
+// readAll reads a good part of the image, some 100 MB, and prints a checksum.
+const readAll = "find /usr/lib/x86_64-linux-gnu /usr/lib/python3* /usr/lib/aarch64-linux-gnu -xdev -type f -size -8000k -print0 2>/dev/null | sort -z | xargs -0 cat | md5sum"
+
+// reading starts to read in a container and returns a function that waits for the end
+// and the checksum.
+func reading(t *testing.T, c *launch.Container) func() string {
+	t.Helper()
+	if err := lab.DropCaches(); err != nil {
+		t.Fatal(err)
+	}
+	type result struct {
+		out string
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		out, err := c.Exec(context.Background(), "/bin/sh", "-c", "set -e; "+readAll)
+		done <- result{out, err}
+	}()
+	return func() string {
+		r := <-done
+		if r.err != nil {
+			t.Fatal(r.err)
+		}
+		return r.out
+	}
+}
+
+// TestRemoteFaults reads an image over a network, with store, node and network failing
+// meanwhile: that costs time and no error.
+func TestRemoteFaults(t *testing.T) {
+	b := start(t)
+	c := b.newCluster(t)
+	source := b.image(t, recipe.Web())
+	dest, _ := b.convert(t, c.store, source, variants[0])
+	m := c.joinAt(t, c.star, "node-1", "1gbit", noCache)
+	container, _ := coldStart(t, m.Node, "faults", dest)
+	before := m.received(t)
+	want := reading(t, container)()
+	t.Logf("undisturbed: %s, %.1f MB over the link", strings.TrimSpace(want), float64(m.received(t)-before)/1e6)
+	check := func(t *testing.T, got string) {
+		t.Helper()
+		if got != want {
+			t.Errorf("read %q, undisturbed %q", got, want)
+		}
+	}
+	// disturb waits until the reader is well under way.
+	disturb := func(t *testing.T, f func()) string {
+		t.Helper()
+		before := m.received(t)
+		wait := reading(t, container)
+		for m.received(t)-before < 10e6 {
+			time.Sleep(5 * time.Millisecond)
+		}
+		begin := time.Now()
+		f()
+		got := wait()
+		t.Logf("the reader ended %v after the fault began", time.Since(begin))
+		return got
+	}
+
+	t.Run("store killed", func(t *testing.T) {
+		check(t, disturb(t, func() {
+			for range 2 {
+				if err := c.store.KillAndRestart(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}))
+	})
+	t.Run("node killed", func(t *testing.T) {
+		check(t, disturb(t, func() {
+			if err := m.thaw.KillAndRestart(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}))
+	})
+	t.Run("node stopped while the store is away", func(t *testing.T) {
+		check(t, disturb(t, func() {
+			c.store.Kill()
+			if err := m.thaw.Stop(); err != nil { // does not wait for the store
+				t.Error(err)
+			}
+			if err := m.thaw.Start(t.Context()); err != nil { // nor does this
+				t.Fatal(err)
+			}
+			if err := c.store.Start(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}))
+	})
+	t.Run("link down for 10 s", func(t *testing.T) {
+		check(t, disturb(t, func() {
+			if err := m.port.SetUp(false); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(10 * time.Second)
+			if err := m.port.SetUp(true); err != nil {
+				t.Fatal(err)
+			}
+		}))
+	})
+	t.Run("store gone", func(t *testing.T) {
+		// An image whose blocks are not attached yet is unpacked the ordinary way.
+		ref, _ := b.convert(t, c.store, b.image(t, recipe.Small("a")), variants[0])
+		other := c.join(t, "node-2", "")
+		c.store.Kill()
+		t.Cleanup(func() {
+			if err := c.store.Start(context.Background()); err != nil {
+				t.Error(err)
+			}
+		})
+		gone, timing := coldStart(t, other.Node, "gone", ref)
+		if body, err := gone.Ready(t.Context()); err != nil || !strings.Contains(body, "hello from a") {
+			t.Errorf("%q, %v", body, err)
+		}
+		t.Logf("without its store: pull %v", timing.Pull)
+	})
+	t.Run("image in use", func(t *testing.T) {
+		out, err := c.store.Do(t.Context(), "image", "remove", dest)
+		if err == nil || !strings.Contains(err.Error(), "node-1") {
+			t.Errorf("an image was removed that a node has attached: %s, %v", out, err)
+		}
+	})
+}
+
+// lossyProxy forwards from a port of one star to the same port of another and breaks one
+// in a hundred of the connections, or of the pieces that they carry, off.
+type lossyProxy struct {
+	ctx     context.Context
+	end     context.CancelFunc
+	wg      sync.WaitGroup
+	broken  atomic.Int64
+	carried atomic.Int64
+}
+
+func newLossyProxy(t *testing.T, front, back *lab.Star, ports ...string) *lossyProxy {
+	t.Helper()
+	p := &lossyProxy{}
+	p.ctx, p.end = context.WithCancel(context.Background())
+	for _, port := range ports {
+		l, err := front.Listen(port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		context.AfterFunc(p.ctx, func() { l.Close() })
+		p.wg.Go(func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				p.wg.Go(func() { p.carry(c, back, port) })
+			}
+		})
+	}
+	t.Cleanup(func() { p.end(); p.wg.Wait() })
+	return p
+}
+
+// pieceBytes is what is carried between two throws of the dice: some ten milliseconds of a
+// link of 1 Gbit/s, so that a connection dies several times in a test.
+const pieceBytes = 1 << 20
+
+func (p *lossyProxy) carry(c net.Conn, back *lab.Star, port string) {
+	defer c.Close()
+	if rand.N(100) == 0 {
+		p.broken.Add(1)
+		return
+	}
+	d, err := back.Dial(p.ctx, net.JoinHostPort(back.Host, port))
+	if err != nil {
+		return
+	}
+	defer d.Close()
+	stop := context.AfterFunc(p.ctx, func() { c.Close(); d.Close() })
+	defer stop()
+	done := make(chan struct{}, 2)
+	pump := func(to, from net.Conn) {
+		defer func() { done <- struct{}{} }()
+		for {
+			n, err := io.CopyN(to, from, pieceBytes)
+			p.carried.Add(n)
+			if err != nil {
+				return
+			}
+			if rand.N(100) == 0 {
+				p.broken.Add(1)
+				return
+			}
+		}
+	}
+	go pump(d, c)
+	go pump(c, d)
+	<-done
+	c.Close()
+	d.Close()
+	<-done
+}
+
+// TestRemoteLossy reads over a network that breaks one in a hundred connections off.
+func TestRemoteLossy(t *testing.T) {
+	b := start(t)
+	c := b.newCluster(t)
+	source := b.image(t, recipe.Web())
+	dest, _ := b.convert(t, c.store, source, variants[0])
+	front, err := b.lab.NewStar()
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := newLossyProxy(t, front, c.star, attacherPort, nvmePort)
+	m := c.joinAt(t, front, "node-1", "", noCache)
+	container, timing := coldStart(t, m.Node, "lossy", dest)
+	want := ""
+	for range 3 {
+		got := reading(t, container)()
+		if want == "" {
+			want = got
+		}
+		if got != want {
+			t.Errorf("read %q, before %q", got, want)
+		}
+	}
+	t.Logf("ready %v; %d connections were broken, %.1f MB carried", timing.Total(), proxy.broken.Load(), float64(proxy.carried.Load())/1e6)
+	if proxy.broken.Load() == 0 {
+		t.Error("no connection was broken: the test shows nothing")
+	}
+}
+
+// TestRemoteTen starts one image on ten nodes at once.
+func TestRemoteTen(t *testing.T) {
+	b := start(t)
+	c := b.newCluster(t)
+	source := b.image(t, recipe.Web())
+	dest, _ := b.convert(t, c.store, source, variants[0])
+	const nodes = 10
+	members := make([]*member, nodes)
+	for i := range members {
+		members[i] = c.join(t, fmt.Sprintf("node-%d", i), "1gbit")
+	}
+	if err := lab.DropCaches(); err != nil {
+		t.Fatal(err)
+	}
+	type outcome struct {
+		container *launch.Container
+		timing    launch.Timing
+		err       error
+	}
+	outcomes := make([]outcome, nodes)
+	var wg sync.WaitGroup
+	begin := time.Now()
+	for i, m := range members {
+		wg.Go(func() {
+			o := &outcomes[i]
+			o.container, o.timing, o.err = m.Cold(t.Context(), fmt.Sprintf("ten-%d", i), dest)
+		})
+	}
+	wg.Wait()
+	took := time.Since(begin)
+	var slowest time.Duration
+	var errs []error
+	for _, o := range outcomes {
+		errs = append(errs, o.err)
+		slowest = max(slowest, o.timing.Total())
+	}
+	if err := errors.Join(errs...); err != nil {
+		t.Error(err)
+	}
+	for i, o := range outcomes {
+		if o.container != nil {
+			if err := o.container.Delete(context.Background()); err != nil {
+				t.Error(err)
+			}
+		}
+		wantNoLayers(t, b, members[i].Containerd.Root, "64k")
+	}
+	t.Logf("ten nodes were ready after %v, the slowest took %v", took, slowest)
+}
