@@ -30,7 +30,8 @@
 // rest); it is an EROFS under a tmpfs, so everything can be written and nothing lasts.
 // /scratch is an ext4 on a disk, for much data and for files that the kernel mounts.
 // Scripts run in bash as root without `set -e`. Modules that image.go lists can be loaded
-// with modprobe; no udev runs. cgroup v2 is at /sys/fs/cgroup, configfs not mounted.
+// with modprobe; no udev runs. agent/guest.sh has shell functions for scripts to call, such
+// as await and nvme_device. cgroup v2 is at /sys/fs/cgroup, configfs not mounted.
 //
 // The network is QEMU's user networking: the guest is 10.0.2.15; what listens on this
 // machine's 127.0.0.1 is at 10.0.2.2; this machine reaches only forwarded ports, which the guest

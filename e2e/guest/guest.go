@@ -128,12 +128,12 @@ func Start(ctx context.Context, o Options) (_ *Guest, err error) {
 	if err != nil {
 		return nil, err
 	}
-	dir, err := os.MkdirTemp("", "thaw-guest-")
+	lock, err := takeTurn(ctx, o.Log)
 	if err != nil {
 		return nil, err
 	}
 	g := &Guest{
-		options: o, dir: dir, address: map[int]string{}, processes: map[uint32]*Process{},
+		options: o, lock: lock, address: map[int]string{}, processes: map[uint32]*Process{},
 		hello: make(chan struct{}), ended: make(chan struct{}),
 	}
 	defer func() {
@@ -141,11 +141,8 @@ func Start(ctx context.Context, o Options) (_ *Guest, err error) {
 			err = errors.Join(err, g.Close())
 		}
 	}()
-	if g.lock, err = os.OpenFile(filepath.Join(os.TempDir(), "thaw-guest.lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+	if g.dir, err = makeDir(); err != nil {
 		return nil, err
-	}
-	if err := wait(ctx, g.lock); err != nil {
-		return nil, fmt.Errorf("wait for the guest of another test: %w", err)
 	}
 	args, err := g.arguments(ctx, image)
 	if err != nil {
@@ -168,6 +165,28 @@ func Start(ctx context.Context, o Options) (_ *Guest, err error) {
 	}
 }
 
+// takeTurn waits until no other guest runs. Who holds the lock is told in its file.
+func takeTurn(ctx context.Context, log io.Writer) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(os.TempDir(), "thaw-guest.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := filelock.Exclusive(f, filelock.Patience); errors.Is(err, kind.InUse) {
+		holder := make([]byte, 200)
+		n, _ := f.ReadAt(holder, 0) // at its end, if not before
+		holder = holder[:n]
+		fmt.Fprintf(log, "waits for the guest of %s\n", holder)
+		if err := wait(ctx, f); err != nil {
+			return nil, errors.Join(fmt.Errorf("wait for the guest of %s: %w", holder, err), f.Close())
+		}
+	} else if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	me := fmt.Sprintf("process %d, %s", os.Getpid(), filepath.Base(os.Args[0]))
+	_, err = f.WriteAt([]byte(me), 0)
+	return f, errors.Join(err, f.Truncate(int64(len(me))))
+}
+
 // wait takes the lock of f when it becomes free.
 func wait(ctx context.Context, f *os.File) error {
 	for {
@@ -179,6 +198,22 @@ func wait(ctx context.Context, f *os.File) error {
 			return errors.Join(err, ctx.Err())
 		}
 	}
+}
+
+// makeDir makes the folder of the one guest there is, and removes what those left
+// behind whose process was killed.
+func makeDir() (string, error) {
+	const name = "thaw-vm-"
+	left, err := filepath.Glob(filepath.Join(os.TempDir(), name+"*"))
+	if err != nil {
+		return "", err
+	}
+	for _, d := range left {
+		if err := os.RemoveAll(d); err != nil {
+			return "", err
+		}
+	}
+	return os.MkdirTemp("", name)
 }
 
 // arguments makes the files of this guest and returns how to start QEMU.
@@ -401,10 +436,11 @@ func (g *Guest) Close() (err error) {
 		if g.port != nil {
 			err = errors.Join(err, g.port.Close())
 		}
-		if g.lock != nil {
-			err = errors.Join(err, g.lock.Close())
+		if g.dir != "" {
+			err = errors.Join(err, os.RemoveAll(g.dir))
 		}
-		err = errors.Join(err, os.RemoveAll(g.dir))
+		// Last: the next guest's Start removes what it finds.
+		err = errors.Join(err, g.lock.Close())
 	})
 	return err
 }

@@ -18,6 +18,9 @@ func New(t testing.TB, o Options) *Guest {
 	if os.Getenv(Environment) != "1" {
 		t.Skipf("needs a guest, which takes time: run make test-vm, or set %s=1", Environment)
 	}
+	if o.Log == nil {
+		o.Log = t.Output()
+	}
 	begin := time.Now()
 	g, err := Start(t.Context(), o)
 	if err != nil {

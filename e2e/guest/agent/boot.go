@@ -1,6 +1,7 @@
 package main
 
 import (
+	_ "embed"
 	"errors"
 	"fmt"
 	"io"
@@ -87,7 +88,7 @@ func enterRoot() error {
 	if err := errors.Join(os.Chdir("/new"), unix.Mount(".", "/", "", unix.MS_MOVE, ""), unix.Chroot("."), os.Chdir("/")); err != nil {
 		return fmt.Errorf("change root: %w", err)
 	}
-	env := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C", "TERM=dumb"}
+	env := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C", "TERM=dumb", "BASH_ENV=" + functionsPath}
 	return unix.Exec(agentPath, []string{agentPath, "init"}, env)
 }
 
@@ -146,8 +147,18 @@ func option(name string) string {
 	return ""
 }
 
+// functions are known to every script of bash, by BASH_ENV.
+//
+//go:embed guest.sh
+var functions []byte
+
+const functionsPath = "/run/guest.sh"
+
 // setUp does what an init system does.
 func setUp() error {
+	if err := os.WriteFile(functionsPath, functions, 0o644); err != nil {
+		return err
+	}
 	if err := mountAll([]mount{
 		{"devpts", "/dev/pts", "devpts", 0, ""},
 		{"tmpfs", "/dev/shm", "tmpfs", 0, "mode=1777"},

@@ -30,7 +30,7 @@ func main() {
 func try() (int, error) {
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer cancel()
-	var o guest.Options
+	o := guest.Options{Log: os.Stderr}
 	modules := flag.String("modules", "", "kernel modules to load, separated by commas")
 	files := flag.String("files", "", "files and folders to show in /host, separated by commas")
 	cache := flag.String("cache", "out/cache/guest", "folder of the image")
