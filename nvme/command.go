@@ -9,6 +9,7 @@ const (
 	AdminGetFeatures = 0x0a
 	AdminAsyncEvent  = 0x0c
 	AdminKeepAlive   = 0x18
+	AdminCrossReset  = 0x38 // Cross-Controller Reset, new in Base 2.3
 	OpFabrics        = 0x7f // on every queue (Base 6)
 )
 
@@ -114,6 +115,22 @@ func (c *Command) Put(b []byte) {
 	le.PutUint32(b[56:], c.CDW14)
 	le.PutUint32(b[60:], c.CDW15)
 }
+
+// CrossReset makes a Cross-Controller Reset: it ends another controller of the same
+// host, with all its commands (Base 2.3, 5.4.3). The controller is named by its
+// identifier and, since that may be used again, by what its Identify said.
+func CrossReset(cntlid uint16, ciu uint8, cirn uint64) Command {
+	return Command{Opcode: AdminCrossReset, CDW10: uint32(ciu)<<16 | uint32(cntlid), CDW12: uint32(cirn), CDW13: uint32(cirn >> 32)}
+}
+
+// CrossReset is the controller that such a command names.
+func (c *Command) CrossReset() (cntlid uint16, ciu uint8, cirn uint64) {
+	return uint16(c.CDW10), uint8(c.CDW10 >> 16), uint64(c.CDW13)<<32 | uint64(c.CDW12)
+}
+
+// CrossResetDone in the result says that the controller is gone; without it the reset
+// goes on.
+const CrossResetDone = 1 << 0
 
 // FabricsType is FCTYPE of a Fabrics command.
 func (c *Command) FabricsType() uint8 { return uint8(c.NSID) }

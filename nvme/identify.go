@@ -74,6 +74,13 @@ type Controller struct {
 	ICDOFF                      uint16
 	MSDBD                       uint8
 	OFCS                        uint16
+
+	// For Cross-Controller Reset (Base 2.3): the controller's instance, and how many
+	// resets may be under way, 0 where the command is not supported.
+	CIU             uint8
+	CIRN            uint64
+	CrossResetLimit uint8  // CCRL
+	QuiesceMs       uint16 // CQT: how long commands may go on after the host is lost
 }
 
 // Put encodes c into the first IdentifyLen bytes of b.
@@ -90,10 +97,13 @@ func (c *Controller) Put(b []byte) {
 	le.PutUint32(b[92:], c.OAES)
 	le.PutUint32(b[96:], c.CTRATT)
 	b[111] = c.Type
+	b[135] = c.CIU
+	le.PutUint64(b[136:], c.CIRN)
 	b[258], b[259], b[260], b[261], b[262] = c.AbortLimit, c.AsyncLimit, c.FRMW, c.LPA, c.ErrorEntries
 	le.PutUint16(b[266:], 343) // WCTEMP and CCTEMP, in kelvin: never reached
 	le.PutUint16(b[268:], 373)
 	le.PutUint16(b[320:], c.KeepAliveUnit)
+	le.PutUint16(b[386:], c.QuiesceMs)
 	b[512], b[513] = SQELog2<<4|SQELog2, CQELog2<<4|CQELog2
 	le.PutUint16(b[514:], c.MaxCommands)
 	le.PutUint32(b[516:], c.NvmeNamespaces)
@@ -107,6 +117,7 @@ func (c *Controller) Put(b []byte) {
 	le.PutUint16(b[1800:], c.ICDOFF)
 	b[1803] = c.MSDBD
 	le.PutUint16(b[1804:], c.OFCS)
+	b[1807] = c.CrossResetLimit
 }
 
 // Parse decodes IdentifyLen bytes; the error is kind.Invalid.
@@ -121,6 +132,7 @@ func (c *Controller) Parse(b []byte) error {
 		KeepAliveUnit: le.Uint16(b[320:]), MaxCommands: le.Uint16(b[514:]), NvmeNamespaces: le.Uint32(b[516:]), ONCS: le.Uint16(b[520:]),
 		VWC: b[525], SGLS: le.Uint32(b[536:]), MaxActive: le.Uint32(b[540:]), SubNQN: cString(b[768:1024]),
 		CapsuleSize: le.Uint32(b[1792:]), ResponseSize: le.Uint32(b[1796:]), ICDOFF: le.Uint16(b[1800:]), MSDBD: b[1803], OFCS: le.Uint16(b[1804:]),
+		CIU: b[135], CIRN: le.Uint64(b[136:]), QuiesceMs: le.Uint16(b[386:]), CrossResetLimit: b[1807],
 	}
 	return nil
 }

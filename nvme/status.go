@@ -44,6 +44,8 @@ const (
 	FeatureNotSaveable Status = 0x10d
 	FeatureNotChanging Status = 0x10e
 	FeatureNotPerNS    Status = 0x10f
+	CrossResetBusy     Status = 0x13f // Cross-Controller Reset in Progress (Base 2.3)
+	CrossResetLimit    Status = 0x141 // Cross-Controller Reset Limit Exceeded (Base 2.3)
 
 	ConnectFormat      Status = 0x180
 	ConnectBusy        Status = 0x181
@@ -82,7 +84,8 @@ var statusNames = map[Status]string{
 	CapacityExceeded: "capacity exceeded", NotReady: "nvmeNamespace not ready", InvalidQueue: "invalid queue identifier",
 	InvalidQueueSize: "invalid queue size", AbortLimit: "abort command limit exceeded", AsyncEventLimit: "asynchronous event request limit exceeded",
 	InvalidLogPage: "invalid log page", FeatureNotSaveable: "feature not saveable", FeatureNotChanging: "feature not changeable",
-	FeatureNotPerNS: "feature not specific to an nvmeNamespace", ConnectFormat: "connect incompatible format",
+	FeatureNotPerNS: "feature not specific to an nvmeNamespace", CrossResetBusy: "cross-controller reset in progress",
+	CrossResetLimit: "cross-controller reset limit exceeded", ConnectFormat: "connect incompatible format",
 	ConnectBusy: "connect controller busy", ConnectInvalidParm: "connect invalid parameters", ConnectRestart: "connect restart discovery",
 	ConnectInvalidHost: "connect invalid host", InvalidQueueType: "invalid queue type", DiscoverRestart: "discover restart",
 	AuthRequired: "authentication required", WriteFault: "write fault", UnrecoveredErr: "unrecovered read error",
@@ -141,7 +144,8 @@ func (s Status) Kind() kind.Kind {
 		return kind.Denied
 	case AbortRequested:
 		return kind.Canceled
-	case ConnectBusy, NotReady, ConnectRestart, DiscoverRestart, TransientTransport, HostPathError, AbortedSQDeletion, KeepAliveExpired:
+	case ConnectBusy, NotReady, ConnectRestart, DiscoverRestart, TransientTransport, HostPathError, AbortedSQDeletion, KeepAliveExpired,
+		CrossResetBusy, CrossResetLimit:
 		return kind.Unavailable
 	}
 	return kind.IO

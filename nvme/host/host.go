@@ -6,8 +6,15 @@
 // answered are sent again over the next path that lives, or over the same one once
 // it is back; callers wait meanwhile, for at most Config.LossTimeout. Sending again
 // is safe for a caller because it does not know of success before the answer: a read
-// is read again, a write writes the same bytes. What a failed path may still hold in
-// the target is the target's to drop with the connection.
+// is read again, a write writes the same bytes.
+//
+// What a failed path still holds, in the target or on the way there, must not be
+// carried out after that, or it would undo newer writes. So a write that was sent
+// and not answered is held back until the lost controller is gone: the target is told
+// to end it, by Cross-Controller Reset over a path that lives. Targets without that
+// command are given time to notice by their keep alive timer (NVM Express TP4129:
+// three times its timeout, and what they need to end commands). Reads, and writes
+// that were not on the failed path, go on meanwhile.
 //
 // The package knows bdev.Device and the wire; it does not know who uses the disks.
 package host
@@ -53,6 +60,12 @@ type Config struct {
 	ReconnectDelay time.Duration // before the first attempt to reconnect, doubled up to ReconnectMax; default 100 ms
 	ReconnectMax   time.Duration // default 10 s
 	LossTimeout    time.Duration // how long I/O waits for a path before it fails; default 10 min
+
+	// Quiesce is for how long a write that a failed path left unanswered is held back
+	// before it is sent again, where the target has no Cross-Controller Reset: see
+	// the package comment. Default: 3 times KeepAlive and what the target says it
+	// takes, or IOTimeout without KeepAlive; negative for not at all.
+	Quiesce time.Duration
 
 	// Dial opens connections; the place of TLS. Default: TCP.
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
@@ -400,6 +413,11 @@ func (h *Host) do(s *shared, cmd *nvme.Command, dir direction, data []byte) erro
 		cqe, err := ct.queue().do(cmd, dir, data)
 		if err != nil {
 			h.failed(ct, err)
+			if changes(cmd.Opcode) && !errors.Is(err, errUnsent) {
+				if err := h.fence(ct, &deadline); err != nil {
+					return err
+				}
+			}
 			continue
 		}
 		if cqe.Status.OK() {

@@ -32,6 +32,10 @@ type controller struct {
 	max    int // bytes per command
 	events chan uint32
 	next   atomic.Uint32
+
+	lost    atomic.Pointer[time.Time] // when it first failed
+	fencing sync.Mutex
+	fenced  bool // guarded by fencing: no command sent to it will be carried out any more
 }
 
 // connectController connects the admin queue, enables the controller and connects
@@ -258,6 +262,8 @@ func (ct *controller) queue() *queue {
 
 // fail ends all queues.
 func (ct *controller) fail(err error) {
+	now := time.Now()
+	ct.lost.CompareAndSwap(nil, &now)
 	if ct.admin != nil {
 		ct.admin.fail(err)
 	}

@@ -33,6 +33,9 @@ const (
 // later, may carry it out.
 var errPath = errors.New("path failed")
 
+// errUnsent marks those of commands that the target cannot have heard of.
+var errUnsent = errors.New("not sent")
+
 type direction uint8
 
 const (
@@ -169,7 +172,7 @@ func (q *queue) do(cmd *nvme.Command, dir direction, data []byte) (nvme.Completi
 	select {
 	case s = <-q.free:
 	case <-q.dead:
-		return nvme.Completion{}, q.pathError()
+		return nvme.Completion{}, fmt.Errorf("%w: %w", errUnsent, q.pathError())
 	}
 	s.dir, s.data, s.received, s.status, s.asked = dir, data, 0, nvme.Success, 0
 	inCapsule := 0
@@ -184,7 +187,7 @@ func (q *queue) do(cmd *nvme.Command, dir direction, data []byte) (nvme.Completi
 		// The reader may have looked at the slot before it was active.
 		if s.active.CompareAndSwap(true, false) {
 			s.data = nil
-			return nvme.Completion{}, q.pathError()
+			return nvme.Completion{}, fmt.Errorf("%w: %w", errUnsent, q.pathError())
 		}
 	default:
 	}

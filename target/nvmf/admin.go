@@ -54,6 +54,9 @@ func (c *conn) adminCommand(cmd *nvme.Command, l nvme.Layout) error {
 		if !c.ctrl.abort(uint16(cmd.CDW10), uint16(cmd.CDW10>>16)) {
 			result = 1
 		}
+	case nvme.AdminCrossReset:
+		c.crossReset(cmd)
+		return nil
 	default:
 		s = nvme.InvalidOpcode | nvme.DNR
 	}
@@ -157,8 +160,74 @@ func (c *controller) identify() nvme.Controller {
 	id.Type, id.OAES, id.CMIC = nvme.ControllerTypeIO, nvme.OAESNvmeNamespace, nvme.CMICMultiCtrl
 	id.NvmeNamespaces, id.MaxActive = c.s.c.MaxNvmeNamespaces, c.s.c.MaxNvmeNamespaces
 	id.ONCS, id.VWC = nvme.ONCSCompare|nvme.ONCSDatasetMgmt|nvme.ONCSWriteZeroes, nvme.VWCPresent|nvme.VWCFlushOne
+	c.mu.Lock()
+	id.CIU, id.CIRN = c.ciu, c.cirn
+	c.mu.Unlock()
+	if id.QuiesceMs = uint16(quiesce / time.Millisecond); !o.NoCrossReset {
+		id.CrossResetLimit = crossResets
+	}
 	id.CapsuleSize, id.ResponseSize, id.MSDBD, id.OFCS = uint32(nvme.SQELen+o.InCapsule)/16, nvme.CQELen/16, 1, nvme.OFCSDisconnect
 	return id
+}
+
+const (
+	// crossResets is how many Cross-Controller Resets of one controller are under way
+	// at most.
+	crossResets = 4
+	// crossResetWait is how long one waits for the commands of the other controller. The
+	// host asks again.
+	crossResetWait = 500 * time.Millisecond
+	// quiesce is what is announced as the time in which commands end after their host
+	// was lost: what a disk takes, and the janitor's tick.
+	quiesce = 2 * time.Second
+)
+
+// crossReset answers Cross-Controller Reset: a host that lost a path makes sure over
+// another that no command of the lost one is carried out later, before it sends those
+// again (Base 2.3, 5.4.3). The other controller must be of the same host. One that does
+// not exist any more has no commands.
+func (c *conn) crossReset(cmd *nvme.Command) {
+	if c.sub.discovery || c.t.o.NoCrossReset {
+		c.fail(cmd, nvme.InvalidOpcode|nvme.DNR)
+		return
+	}
+	id, ciu, cirn := cmd.CrossReset()
+	o := c.sub.controller(id)
+	if o == nil || o.hostNQN != c.ctrl.hostNQN || o.hostID != c.ctrl.hostID || !o.is(ciu, cirn) {
+		c.reply(cmd.CID, nvme.CrossResetDone, nvme.Success)
+		return
+	}
+	if o == c.ctrl {
+		c.fail(cmd, nvme.InvalidField|nvme.DNR)
+		return
+	}
+	if c.ctrl.resets.Add(1) > crossResets {
+		c.ctrl.resets.Add(-1)
+		c.fail(cmd, nvme.CrossResetLimit)
+		return
+	}
+	o.drop("cross-controller reset")
+	cid := cmd.CID
+	c.wg.Go(func() {
+		var result uint64
+		t := time.NewTimer(crossResetWait)
+		defer t.Stop()
+		select {
+		case <-o.ended:
+			result = nvme.CrossResetDone
+		case <-t.C:
+		}
+		c.ctrl.resets.Add(-1)
+		c.respond(cid, result, nvme.Success)
+		c.kick()
+	})
+}
+
+// is tells whether a host means this instance of the controller.
+func (c *controller) is(ciu uint8, cirn uint64) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ciu == ciu && c.cirn == cirn
 }
 
 // await keeps an Asynchronous Event Request (Base 5.2).

@@ -210,8 +210,12 @@ func (c *conn) cleanup(writer *sync.WaitGroup) {
 				delete(c.ctrl.queues, c.qid)
 				c.ctrl.gone.add(&c.work)
 			}
+			if len(c.ctrl.queues) == 0 && c.ctrl.cc&nvme.CCEnable == 0 {
+				c.ctrl.csts &^= nvme.CSTSReady // the end of a reset
+			}
 			c.ctrl.mu.Unlock()
 		}
+		c.ctrl.leave()
 	}
 }
 
@@ -389,6 +393,9 @@ func (c *conn) skip(n int) error {
 
 // pdu receives and handles one PDU.
 func (c *conn) pdu() error {
+	if c.closed.Load() {
+		return errClosed // with commands received and not begun
+	}
 	if c.w-c.r < nvme.CommonLen {
 		if err := c.fill(nvme.CommonLen); err != nil {
 			return err

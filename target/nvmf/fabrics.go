@@ -91,8 +91,10 @@ func (c *conn) associate(f *nvme.Connect, d *nvme.ConnectData) (result uint64, s
 			return data(nvme.ConnectOffCNTLID)
 		}
 		ctrl := &controller{s: sub, ln: c.ln, hostNQN: d.HostNQN, hostID: d.HostID, admin: c, created: time.Now(), queues: map[uint16]*conn{},
+			ended: make(chan struct{}), members: 1,
 			maxQueues: c.t.o.MaxQueues, kato: katoOf(f.KeepAlive), pending: map[uint32]bool{}, masked: map[uint32]bool{}, changedNS: map[uint32]struct{}{}}
 		ctrl.last.Store(c.clock())
+		ctrl.renew()
 		c.sub, c.qid, c.depth = sub, 0, depth
 		c.noFlow = f.Attr&nvme.ConnectNoFlowControl != 0
 		if !sub.attach(ctrl) {
@@ -126,6 +128,7 @@ func (c *conn) associate(f *nvme.Connect, d *nvme.ConnectData) (result uint64, s
 	c.noFlow = f.Attr&nvme.ConnectNoFlowControl != 0
 	c.inCap = c.t.o.InCapsule
 	ctrl.queues[f.QID] = c
+	ctrl.members++
 	return uint64(ctrl.id), nvme.Success
 }
 
@@ -245,14 +248,18 @@ func (c *controller) setProperty(off uint32, eight bool, v uint32) nvme.Status {
 	case v&nvme.CCEnable != 0 && old&nvme.CCEnable == 0:
 		sqes, cqes := v>>nvme.CCIOSQESShift&0xf, v>>nvme.CCIOCQESShift&0xf
 		good := v&(nvme.CCCSSMask|nvme.CCMPSMask|nvme.CCAMSMask) == 0 && (c.s.discovery || sqes == nvme.SQELog2 && cqes == nvme.CQELog2)
+		c.renew()
 		if c.csts = nvme.CSTSReady; !good {
 			c.csts = nvme.CSTSFatal
 		}
 		c.live.Store(good)
 	case v&nvme.CCEnable == 0 && old&nvme.CCEnable != 0:
-		// Controller reset: I/O queues go, and so does what was set (Base 3.7.2).
+		// Controller reset: I/O queues go, and so does what was set (Base 3.7.2). It is
+		// over, and CSTS.RDY 0, once no command of theirs runs.
 		c.live.Store(false)
-		c.csts = 0
+		if c.csts &= nvme.CSTSReady; len(c.queues) == 0 {
+			c.csts = 0
+		}
 		for _, q := range c.queues {
 			drop = append(drop, q)
 		}

@@ -1,6 +1,7 @@
 package nvmf
 
 import (
+	"math/rand/v2"
 	"sort"
 	"sync"
 	"sync/atomic"
@@ -355,7 +356,9 @@ func (s *subsystem) info() SubsystemInfo {
 	}
 	s.mu.RUnlock()
 	for _, c := range s.all() {
-		i.Controllers = append(i.Controllers, c.info())
+		if info, ok := c.info(); ok {
+			i.Controllers = append(i.Controllers, info)
+		}
 	}
 	sort.Strings(i.Hosts)
 	sort.Slice(i.NvmeNamespaces, func(a, b int) bool { return i.NvmeNamespaces[a].NSID < i.NvmeNamespaces[b].NSID })
@@ -377,8 +380,14 @@ type controller struct {
 
 	live atomic.Bool // CSTS.RDY, and not dropped
 
+	resets atomic.Int32  // cross-controller resets that it waits for
+	ended  chan struct{} // closed when it was dropped and no command of it runs any more
+
 	mu        sync.Mutex
 	dropped   bool // guarded by mu, as are all below
+	members   int  // connections, admin queue included
+	ciu       uint8
+	cirn      uint64
 	queues    map[uint16]*conn
 	maxQueues int // I/O queues the host asked for and got
 	queuesSet bool
@@ -400,7 +409,30 @@ func (c *controller) ready() bool {
 	return c.live.Load()
 }
 
-// drop ends the controller and all its connections.
+// renew makes the controller another instance, as hosts tell them apart (Base 2.3, CIU
+// and CIRN). It is called with mu held, or before others know of c.
+func (c *controller) renew() {
+	if c.ciu++; c.ciu == 0 {
+		c.ciu = 1
+	}
+	c.cirn = rand.Uint64() | 1
+}
+
+// leave ends the membership of a connection none of whose commands runs any more.
+// The identifier is free again once the last has left.
+func (c *controller) leave() {
+	c.mu.Lock()
+	c.members--
+	last := c.members == 0
+	c.mu.Unlock()
+	if last {
+		c.s.detach(c)
+		close(c.ended)
+	}
+}
+
+// drop ends the controller and all its connections. What runs on a device goes on; see
+// ended.
 func (c *controller) drop(why string) {
 	c.mu.Lock()
 	if c.dropped {
@@ -414,16 +446,16 @@ func (c *controller) drop(why string) {
 		conns = append(conns, q)
 	}
 	c.mu.Unlock()
-	c.s.detach(c)
 	for _, q := range conns {
 		q.close(why)
 	}
 }
 
-func (c *controller) info() ControllerInfo {
+// info describes the controller; false when it was dropped.
+func (c *controller) info() (ControllerInfo, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return ControllerInfo{CNTLID: c.id, HostNQN: c.hostNQN, HostID: c.hostID, Peer: c.admin.raw.RemoteAddr().String(), Queues: len(c.queues)}
+	return ControllerInfo{CNTLID: c.id, HostNQN: c.hostNQN, HostID: c.hostID, Peer: c.admin.raw.RemoteAddr().String(), Queues: len(c.queues)}, !c.dropped
 }
 
 // event notes an event and reports it if the host waits for one. It never blocks on

@@ -64,6 +64,7 @@ type Options struct {
 	WriteTimeout   time.Duration // for the peer to take what is sent; default 30 s
 	Tick           time.Duration // how often timeouts are looked at; default 250 ms
 	NoDigests      bool          // refuse header and data digests
+	NoCrossReset   bool          // be a target of before Base 2.3, without Cross-Controller Reset
 	Engine         engine.Kind   // where commands run; default engine.SharedNothing
 	Log            *slog.Logger  // default: none
 }

@@ -126,6 +126,68 @@ func TestReset(t *testing.T) {
 	a.nc.Close()
 }
 
+// TestCrossReset ends a controller by another of the same host, and no other way.
+func TestCrossReset(t *testing.T) {
+	_, addr := start(t, nvmf.Options{})
+	instance := func(p *peer) (id nvme.Controller) {
+		t.Helper()
+		cqe, b := p.do(identify(nvme.CNSController, 0), nil)
+		if err := errors.Join(cqe.Status.Err(), id.Parse(b)); err != nil {
+			t.Fatal(err)
+		}
+		return id
+	}
+	a, b, c := admin(t, addr, subNQN, 0), admin(t, addr, subNQN, 0), admin(t, addr, subNQN, 0)
+	q := queue(t, addr, b, 1, 31, nvme.Digests{})
+	ida, idb, idc := instance(a), instance(b), instance(c)
+	if idb.CrossResetLimit == 0 || idb.CIU == 0 || idb.CIRN == 0 || idb.CIRN == idc.CIRN {
+		t.Errorf("instances %+v and %+v", idb, idc)
+	}
+	done := func(what string, cmd nvme.Command) {
+		t.Helper()
+		if cqe := a.status(nvme.Success, what, cmd, nil); cqe.Result&nvme.CrossResetDone == 0 {
+			t.Errorf("%s: result %#x", what, cqe.Result)
+		}
+	}
+	a.status(nvme.InvalidField, "itself", nvme.CrossReset(ida.CNTLID, ida.CIU, ida.CIRN), nil)
+	done("an identifier that is not used", nvme.CrossReset(0x1234, 1, 1))
+	done("an earlier instance", nvme.CrossReset(idb.CNTLID, idb.CIU-1, idb.CIRN))
+	done("another instance", nvme.CrossReset(idb.CNTLID, idb.CIU, idb.CIRN+2))
+	b.status(nvme.Success, "keep alive", nvme.Command{Opcode: nvme.AdminKeepAlive}, nil)
+	done("the other", nvme.CrossReset(idb.CNTLID, idb.CIU, idb.CIRN))
+	b.gone()
+	q.gone()
+	c.status(nvme.Success, "keep alive", nvme.Command{Opcode: nvme.AdminKeepAlive}, nil)
+	// A controller that is reset is another instance.
+	c.status(nvme.Success, "disable", nvme.PropertySet(nvme.PropCC, 0), nil)
+	c.status(nvme.Success, "enable", nvme.PropertySet(nvme.PropCC, 0x460001), nil)
+	if again := instance(c); again.CIU == idc.CIU || again.CIRN == idc.CIRN {
+		t.Errorf("%+v is the instance of before the reset", again)
+	}
+	done("the instance of before", nvme.CrossReset(idc.CNTLID, idc.CIU, idc.CIRN))
+	c.status(nvme.Success, "keep alive", nvme.Command{Opcode: nvme.AdminKeepAlive}, nil)
+}
+
+// TestResetWaits: a reset is over once no command of the I/O queues runs any more.
+func TestResetWaits(t *testing.T) {
+	tg, addr := start(t, nvmf.Options{})
+	m := &memory{data: make([]byte, 1<<20), gate: make(chan struct{})}
+	nsid := add(t, tg, nvmf.NvmeNamespaceConfig{Device: m})
+	a := admin(t, addr, subNQN, 0)
+	q := queue(t, addr, a, 1, 31, nvme.Digests{})
+	q.write(q.capsule(rw(nvme.OpWrite, nsid, 0, 1, nvme.SGLInCapsule), make([]byte, 512)))
+	eventually(t, "the write runs", func() bool { return nvmf.Using(tg, subNQN, nsid) == 1 })
+	ready := func() uint64 {
+		return a.status(nvme.Success, "get CSTS", nvme.PropertyGet(nvme.PropCSTS, false), nil).Result & nvme.CSTSReady
+	}
+	a.status(nvme.Success, "disable", nvme.PropertySet(nvme.PropCC, 0), nil)
+	if ready() == 0 {
+		t.Error("the reset is over while a write runs")
+	}
+	close(m.gate)
+	eventually(t, "the reset ends", func() bool { return ready() == 0 })
+}
+
 func identify(cns uint8, nsid uint32) nvme.Command {
 	return nvme.Command{Opcode: nvme.AdminIdentify, NSID: nsid, CDW10: uint32(cns), SGL: nvme.SGL{Length: 4096, ID: nvme.SGLTransport}}
 }
