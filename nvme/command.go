@@ -1,6 +1,6 @@
 package nvme
 
-// Opcodes of the admin command set (Base 5, figure 138).
+// Opcodes of the admin command set (Base 5).
 const (
 	AdminGetLogPage  = 0x02
 	AdminIdentify    = 0x06
@@ -13,7 +13,7 @@ const (
 	OpFabrics        = 0x7f // on every queue (Base 6)
 )
 
-// Opcodes of the NVM command set (NVM 3.2, figure 17).
+// Opcodes of the NVM command set (NVM 3.2).
 const (
 	OpFlush             = 0x00
 	OpWrite             = 0x01
@@ -23,7 +23,7 @@ const (
 	OpDatasetManagement = 0x09
 )
 
-// Fabrics command types (Base 6, figure 385).
+// Fabrics command types (Base 6).
 const (
 	FabricsPropertySet = 0x00
 	FabricsConnect     = 0x01
@@ -42,7 +42,7 @@ const (
 	CQELog2 = 4
 )
 
-// Bits of Command.Flags (Base 3.3.3, figure 87).
+// Bits of Command.Flags (Base 3.3.3.1).
 const (
 	FlagFuse     = 0x03      // FUSE
 	FlagPSDT     = 0xc0      // PSDT: mask
@@ -62,10 +62,10 @@ type SGL struct {
 // SGL identifiers.
 const (
 	SGLInCapsule = 0x01 // data block, sub type offset: in the capsule
-	SGLTransport = 0x5a // transport data block, transport specific A: by data PDUs (TCP 3.3.2.2)
+	SGLTransport = 0x5a // transport data block, transport specific A: by data PDUs (TCP 3.3)
 )
 
-// Command is a submission queue entry (Base 3.3.3).
+// Command is a submission queue entry (Base 3.3.3.1).
 type Command struct {
 	Opcode uint8
 	Flags  uint8

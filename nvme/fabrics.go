@@ -37,7 +37,7 @@ func CheckNQN(nqn string) error {
 	return nil
 }
 
-// Connect is what a Connect command says in its SQE (Base 6.3, figure 389).
+// Connect is what a Connect command says in its SQE (Base 6.3).
 type Connect struct {
 	Format    uint16 // RECFMT, 0
 	QID       uint16
@@ -72,7 +72,7 @@ const (
 )
 
 // ConnectParm makes the result of a refused Connect: where the bad field is
-// (Base 6.3, figure 391).
+// (Base 6.3).
 func ConnectParm(offset uint16, inData bool) uint64 {
 	r := uint64(offset)
 	if inData {
@@ -84,10 +84,10 @@ func ConnectParm(offset uint16, inData bool) uint64 {
 // ConnectDataLen is the length of ConnectData in bytes.
 const ConnectDataLen = 1024
 
-// CNTLIDDynamic asks for any controller (Base 6.3, figure 390).
+// CNTLIDDynamic asks for any controller (Base 6.3).
 const CNTLIDDynamic = 0xffff
 
-// ConnectData is the data of a Connect command (Base 6.3, figure 390).
+// ConnectData is the data of a Connect command (Base 6.3).
 type ConnectData struct {
 	HostID  uuid.UUID
 	CNTLID  uint16
@@ -122,7 +122,7 @@ func cString(b []byte) string {
 	return s
 }
 
-// putASCII fills b with s, padded with spaces (Base 1.4.2).
+// putASCII fills b with s, padded with spaces.
 func putASCII(b []byte, s string) {
 	for i := copy(b, s); i < len(b); i++ {
 		b[i] = ' '
@@ -131,7 +131,7 @@ func putASCII(b []byte, s string) {
 
 func ascii(b []byte) string { return strings.TrimRight(cString(b), " ") }
 
-// Properties of a controller over Fabrics (Base 3.1.3, figure 33).
+// Properties of a controller over Fabrics (Base 3.1.3).
 const (
 	PropCAP  = 0x00 // 8 bytes
 	PropVS   = 0x08
@@ -191,7 +191,7 @@ func PropertySet(offset, value uint32) Command {
 }
 
 // Transport types, address families and sub types of a discovery log entry
-// (Base 5.16.1.23, figure 264).
+// (Base 5.16.1.23).
 const (
 	TransportTCP    = 3
 	FamilyIPv4      = 1

@@ -11,7 +11,7 @@ import (
 // IdentifyLen is the length of every identify data structure in bytes.
 const IdentifyLen = 4096
 
-// CNS values of Identify (Base 5.17.1, figure 273).
+// CNS values of Identify (Base 5.17.1).
 const (
 	CNSNvmeNamespace     = 0x00
 	CNSController        = 0x01
@@ -42,7 +42,7 @@ const (
 	OFCSDisconnect       = 1 << 0
 )
 
-// Controller is the identify controller data structure (Base 5.17.2.1, figure 275):
+// Controller is the identify controller data structure (Base 5.17.2.1):
 // what Thaw's target sets and its host looks at.
 type Controller struct {
 	VendorID, SubsystemVendorID uint16
@@ -138,7 +138,7 @@ func (c *Controller) Parse(b []byte) error {
 }
 
 // NvmeNamespace is the identify nvmeNamespace data structure of the NVM command set
-// (NVM 4.1.5.1, figure 97).
+// (NVM 4.1.5.1).
 type NvmeNamespace struct {
 	Blocks      uint64 // NSZE, NCAP and NUSE
 	BlockBytes  uint32 // of LBA format 0, a power of two
@@ -225,7 +225,7 @@ func (n *NvmeNamespace) PutIndependent(b []byte) {
 	b[14] = 1 // NSTAT: ready
 }
 
-// Descriptors are the identifiers of an nvmeNamespace (Base 5.17.2.3, figure 277).
+// Descriptors are the identifiers of an nvmeNamespace (Base 5.17.2.3).
 type Descriptors struct {
 	EUI64 [8]byte
 	NGUID [16]byte
@@ -288,7 +288,7 @@ func (d *Descriptors) Parse(b []byte) error {
 	return nil
 }
 
-// MaxList is how many identifiers an nvmeNamespace list holds (Base 4.3).
+// MaxList is how many identifiers an nvmeNamespace list holds.
 const MaxList = 1024
 
 // PutList encodes ids, ascending and at most MaxList, into IdentifyLen bytes of b.

@@ -1,6 +1,6 @@
 package nvme
 
-// Log pages (Base 5.16.1, figure 202).
+// Log pages (Base 5.16.1).
 const (
 	LogSupported = 0x00
 	LogError     = 0x01
@@ -42,7 +42,7 @@ func (c *Command) LogLength() uint64 {
 // LogOffset is the offset in the page in bytes.
 func (c *Command) LogOffset() uint64 { return uint64(c.CDW13)<<32 | uint64(c.CDW12) }
 
-// ErrorEntry is an entry of the error log (Base 5.16.1.2, figure 205).
+// ErrorEntry is an entry of the error log (Base 5.16.1.2).
 type ErrorEntry struct {
 	Count   uint64 // of all errors of the controller, from 1
 	SQID    uint16
@@ -77,7 +77,7 @@ func (e *ErrorEntry) Parse(b []byte) {
 		Where: le.Uint16(b[14:]), LBA: le.Uint64(b[16:]), NSID: le.Uint32(b[24:]), Special: le.Uint64(b[32:]), Opcode: b[43]}
 }
 
-// SMART is what Thaw reports in the SMART log (Base 5.16.1.3, figure 207).
+// SMART is what Thaw reports in the SMART log (Base 5.16.1.3).
 type SMART struct {
 	Warning                   uint8
 	ReadBytes, WrittenBytes   uint64 // reported in units of 1000 times 512 bytes, rounded up
@@ -100,7 +100,7 @@ func (s *SMART) Put(b []byte) {
 	le.PutUint64(b[176:], s.ErrorEvents)
 }
 
-// Features (Base 5.27.1, figure 316).
+// Features (Base 5.27.1).
 const (
 	FeatArbitration   = 0x01
 	FeatPower         = 0x02
@@ -118,7 +118,7 @@ const (
 // FeatSave is SV in CDW10 of Set Features.
 const FeatSave = 1 << 31
 
-// Asynchronous events (Base 5.2, figures 145 and 148): result of the request.
+// Asynchronous events (Base 5.2): result of the request.
 const (
 	EventNvmeNamespace = 2 | 0x00<<8 | LogChanged<<16
 	EventDiscovery     = 2 | 0xf0<<8 | LogDiscovery<<16

@@ -22,7 +22,7 @@ import (
 
 var le = binary.LittleEndian
 
-// PDUType is the first byte of every PDU (TCP 3.6.1, figure 18).
+// PDUType is the first byte of every PDU (TCP 3.6.1).
 type PDUType uint8
 
 // PDU types.
@@ -67,7 +67,7 @@ const (
 	FlagHeaderDigest uint8 = 1 << 0 // HDGSTF: a header digest follows the header
 	FlagDataDigest   uint8 = 1 << 1 // DDGSTF: a data digest follows the data
 	FlagLast         uint8 = 1 << 2 // LAST_PDU: the last data PDU of the command or of the R2T
-	FlagSuccess      uint8 = 1 << 3 // SUCCESS: no CapsuleResp follows (TCP 3.3.2.1)
+	FlagSuccess      uint8 = 1 << 3 // SUCCESS: no CapsuleResp follows (TCP 3.3)
 )
 
 // Lengths on the wire, in bytes.
@@ -97,7 +97,7 @@ func (t PDUType) HeaderLen() int {
 	return int(headerLens[t])
 }
 
-// FatalError is the FES of a termination request (TCP 3.6.2.4, figure 24).
+// FatalError is the FES of a termination request (TCP 3.6.2.4).
 type FatalError uint16
 
 // Fatal error status values.
@@ -152,7 +152,7 @@ const (
 	offPLEN  = 4
 )
 
-// Common is the common header (TCP 3.6.1, figure 18).
+// Common is the common header (TCP 3.6.1).
 type Common struct {
 	Type  PDUType
 	Flags uint8
@@ -267,7 +267,7 @@ func (c *Common) Layout(d Digests, maxData int) (l Layout, err error) {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// CRC32C is the digest of header and data (TCP 3.3.1.1).
+// CRC32C is the digest of header and data (TCP 3.3).
 func CRC32C(p []byte) uint32 { return crc32.Update(0, castagnoli, p) }
 
 // CRC32CUpdate continues a digest with p.
@@ -305,7 +305,7 @@ func (r *ICReq) Put(b []byte) {
 	le.PutUint32(b[12:], r.MaxR2T)
 }
 
-// MaxPDA is the largest HPDA or CPDA (TCP 3.6.2.2, figure 20).
+// MaxPDA is the largest HPDA or CPDA (TCP 3.6.2.2).
 const MaxPDA = 31
 
 // Parse decodes a whole ICReq PDU. The error is nil or a *PDUError.
@@ -346,7 +346,7 @@ type ICResp struct {
 	MaxH2CData uint32 // bytes of data in one H2CData at most
 }
 
-// MinH2CData is the least MAXH2CDATA (TCP 3.6.2.3, figure 21).
+// MinH2CData is the least MAXH2CDATA (TCP 3.6.2.3).
 const MinH2CData = 4096
 
 // Put encodes r into the first ICLen bytes of b.

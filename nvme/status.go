@@ -11,8 +11,8 @@ import (
 // (Base 3.3.3.2.1).
 type Status uint16
 
-// Status values: generic (Base figure 94), command specific (figure 95, and NVM
-// figure 10), media (figure 97). Fabrics ones are in Base figure 96.
+// Status values: generic, command specific with those of Fabrics, and media (Base
+// 3.3.3.2.1; the NVM command set adds its own).
 const (
 	Success              Status = 0x000
 	InvalidOpcode        Status = 0x001
@@ -61,7 +61,7 @@ const (
 	CompareFailure Status = 0x285
 
 	// PathError is the first of the path related codes, which a host makes up for
-	// commands that a path could not finish (Base figure 98).
+	// commands that a path could not finish.
 	HostPathError Status = 0x370
 
 	DNR  Status = 1 << 14 // do not retry

@@ -39,7 +39,7 @@ type controller struct {
 }
 
 // connectController connects the admin queue, enables the controller and connects
-// ioQueues I/O queues (Base 3.5.1 and 3.5.2). The context bounds all of it.
+// ioQueues I/O queues (Base 3.5.2). The context bounds all of it.
 func connectController(ctx context.Context, c *Config, addr, subNQN string, ioQueues int) (ct *controller, err error) {
 	ct = &controller{c: c, addr: addr, start: time.Now(), events: make(chan uint32, 4)}
 	defer func() {

@@ -356,7 +356,7 @@ func (q *queue) pdu(r *reader) error {
 }
 
 // terminate tells the target what was wrong with its PDU, if that is what err says
-// (TCP 3.5.1). It waits for nobody: if others are sending the connection just closes.
+// (TCP 3.5). It waits for nobody: if others are sending the connection just closes.
 func (q *queue) terminate(err error, bad []byte) {
 	var p *nvme.PDUError
 	if !errors.As(err, &p) {

@@ -121,7 +121,7 @@ func (c *conn) identify(cmd *nvme.Command) {
 				c.fail(cmd, nvme.InvalidNvmeNamespace|nvme.DNR)
 				return
 			}
-			send(zeros) // inactive (Base 5.17.2.1)
+			send(zeros) // inactive (NVM 4.1.5.1)
 			return
 		}
 		id := n.identify()

@@ -202,7 +202,7 @@ func (c *conn) cleanup(writer *sync.WaitGroup) {
 	}
 	if c.ctrl != nil {
 		if c.qid == 0 {
-			// Losing the admin queue ends the association (Base 3.3.2.4).
+			// Losing the admin queue ends the association.
 			c.ctrl.drop("admin queue lost")
 		} else {
 			c.ctrl.mu.Lock()
@@ -219,7 +219,7 @@ func (c *conn) cleanup(writer *sync.WaitGroup) {
 	}
 }
 
-// terminate sends a C2HTermReq and waits a moment for the host to close (TCP 3.5.2).
+// terminate sends a C2HTermReq and waits a moment for the host to close (TCP 3.5).
 func (c *conn) terminate(p *nvme.PDUError) {
 	c.t.o.Log.Warn("connection terminated", "peer", c.raw.RemoteAddr(), "queue", c.qid, "err", p)
 	c.flushBatch()
@@ -263,7 +263,7 @@ func (c *conn) serve() error {
 	}
 }
 
-// handshake exchanges ICReq and ICResp (TCP 3.3.1).
+// handshake exchanges ICReq and ICResp (TCP 3.6.2.2 and 3.6.2.3).
 func (c *conn) handshake() error {
 	if err := c.fill(nvme.CommonLen); err != nil {
 		return err

@@ -224,7 +224,7 @@ func (c *conn) ioCommand(cmd *nvme.Command, l nvme.Layout) error {
 }
 
 // receive takes data and its digest from the wire. A digest that does not match
-// fails the command, not the connection (TCP 3.3.1.1.2).
+// fails the command, not the connection (TCP 3.3).
 func (c *conn) receive(p []byte, digest bool) (nvme.Status, error) {
 	if err := c.take(p); err != nil {
 		return 0, err

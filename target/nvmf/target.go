@@ -26,7 +26,7 @@ const (
 	// ReceiveBytes is the receive buffer of a connection.
 	ReceiveBytes = 16 << 10
 
-	// AdminCapsule is how much data an admin capsule may carry (TCP 3.3.2.2.1
+	// AdminCapsule is how much data an admin capsule may carry (TCP 3.3
 	// wants exactly this).
 	AdminCapsule = 8192
 
