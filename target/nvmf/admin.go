@@ -390,6 +390,9 @@ func (c *conn) logPage(cmd *nvme.Command) {
 		for _, i := range ids {
 			page[4*int(i)] = 1
 		}
+	case id == nvme.LogSMART && cmd.NSID != 0 && cmd.NSID != nvme.NSIDAll:
+		c.fail(cmd, nvme.InvalidField|nvme.DNR) // there is none per nvmeNamespace (LPA)
+		return
 	case id == nvme.LogSMART:
 		page = c.ctrl.smart()
 	case id == nvme.LogFirmware:
