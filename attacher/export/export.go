@@ -157,7 +157,7 @@ func (x *NVMe) show(e attacher.Export) error {
 	}
 	if err == nil {
 		id := x.store.NvmeNamespace(e.Block, e.Node)
-		if _, err = x.target.AddNvmeNamespace(nqn, nvmf.NvmeNamespaceConfig{NSID: e.NSID, Device: device, Name: e.Block, UUID: id, NGUID: id}); err != nil {
+		if _, err = x.target.AddNvmeNamespace(nqn, nvmf.NvmeNamespaceConfig{NSID: e.NSID, Device: device, Name: e.Block, UUID: id, NGUID: id, Adaptive: true}); err != nil {
 			err = errors.Join(err, device.Close())
 		}
 	}
