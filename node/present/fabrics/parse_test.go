@@ -1,0 +1,230 @@
+package fabrics
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"strings"
+	"testing"
+	"testing/fstest"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/thaw-project/thaw/kind"
+)
+
+func goodExport() Export {
+	return Export{Subsystem: testSubsystem, HostNQN: testHost, HostID: testHostID, Portals: []Portal{{TransportTCP, "10.0.2.2", "4420"}}, NSID: 1,
+		UUID: "11111111-2222-4333-8444-555555555555", SizeBytes: 4096}
+}
+
+func TestOptions(t *testing.T) {
+	var timeouts Timeouts
+	if err := timeouts.ensureDefaults(); err != nil {
+		t.Fatal(err)
+	}
+	s := settings{timeouts, 3, true, true}
+	e := goodExport()
+	const common = ",traddr=10.0.2.2,trsvcid=4420,nqn=" + testSubsystem + ",hostnqn=" + testHost + ",hostid=" + testHostID +
+		",nr_io_queues=3,ctrl_loss_tmo=1800,fast_io_fail_tmo=600,keep_alive_tmo=10,reconnect_delay=2"
+	if got, want := s.options(&e, e.Portals[0]), "transport=tcp"+common+",hdr_digest,data_digest"; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	e.Portals[0].Transport = TransportRDMA
+	if got, want := s.options(&e, e.Portals[0]), "transport=rdma"+common; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	for _, bad := range []Timeouts{{FastIOFail: time.Hour, ControllerLoss: time.Minute}, {KeepAlive: time.Millisecond}, {ReconnectDelay: -1}, {ControllerLoss: 1500 * time.Millisecond}} {
+		if err := bad.ensureDefaults(); !errors.Is(err, kind.Invalid) {
+			t.Errorf("%+v: %v", bad, err)
+		}
+	}
+}
+
+func TestExportsAreChecked(t *testing.T) {
+	good := goodExport()
+	if err := good.validate(); err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(*Export){
+		"option in NQN":   func(e *Export) { e.Subsystem += ",hostnqn=x" },
+		"newline in NQN":  func(e *Export) { e.HostNQN += "\n" },
+		"no NQN":          func(e *Export) { e.Subsystem = "subsystem" },
+		"long NQN":        func(e *Export) { e.HostNQN += strings.Repeat("x", 223) },
+		"host identifier": func(e *Export) { e.HostID = "{" + testHostID + "}" },
+		"no UUID":         func(e *Export) { e.UUID = "" },
+		"zero UUID":       func(e *Export) { e.UUID = "00000000-0000-0000-0000-000000000000" },
+		"size":            func(e *Export) { e.SizeBytes = 1000 },
+		"no portal":       func(e *Export) { e.Portals = nil },
+		"many portals":    func(e *Export) { e.Portals = make([]Portal, 9) },
+		"transport":       func(e *Export) { e.Portals = []Portal{{"fc", "10.0.0.1", "1"}} },
+		"address":         func(e *Export) { e.Portals = []Portal{{"tcp", "example.org", "1"}} },
+		"zone":            func(e *Export) { e.Portals = []Portal{{"tcp", "fe80::1%a,b", "1"}} },
+		"service":         func(e *Export) { e.Portals = []Portal{{"tcp", "10.0.0.1", "1,x"}} },
+		"port":            func(e *Export) { e.Portals = []Portal{{"tcp", "10.0.0.1", "65536"}} },
+	} {
+		e := goodExport()
+		change(&e)
+		if err := e.validate(); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+func FuzzOptions(f *testing.F) {
+	f.Add(testSubsystem, testHost, "10.0.0.1", "4420")
+	f.Fuzz(func(t *testing.T, subsystem, host, address, service string) {
+		e := goodExport()
+		e.Subsystem, e.HostNQN, e.Portals = subsystem, host, []Portal{{TransportTCP, address, service}}
+		if e.validate() != nil {
+			return
+		}
+		s := settings{ioQueues: 1}
+		if o := s.options(&e, e.Portals[0]); strings.Count(o, ",") != 10 || strings.ContainsAny(o, "\n\x00 ") {
+			t.Errorf("%q", o)
+		}
+	})
+}
+
+func TestReply(t *testing.T) {
+	for reply, ok := range map[string]bool{"instance=0,cntlid=1\n": true, "cntlid=7,instance=12": true, "": false, "instance=": false, "instance=-1": false, "x": false} {
+		if err := parseReply(reply); (err == nil) != ok {
+			t.Errorf("%q: %v", reply, err)
+		}
+	}
+}
+
+// tree is what a guest with native multipath shows, cut down to what is read.
+func tree() fstest.MapFS {
+	file := func(s string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(s)} }
+	return fstest.MapFS{
+		"class/nvme/nvme0/subsysnqn": file(testSubsystem + "\n"), "class/nvme/nvme0/hostnqn": file(testHost + "\n"), "class/nvme/nvme0/transport": file("tcp\n"),
+		"class/nvme/nvme0/address": file("traddr=10.0.2.2,trsvcid=4420,src_addr=10.0.2.15\n"), "class/nvme/nvme0/state": file("live\n"),
+		"class/nvme/nvme1/subsysnqn": file(testSubsystem + "\n"), "class/nvme/nvme1/hostnqn": file(testHost + "\n"), "class/nvme/nvme1/transport": file("rdma\n"),
+		"class/nvme/nvme1/address": file("traddr=fe80::1,trsvcid=4421\n"), "class/nvme/nvme1/state": file("deleting\n"),
+		"class/nvme/nvme2/subsysnqn": file("nqn.2014.08.org.nvmexpress:pcie\n"), "class/nvme/nvme2/transport": file("pcie\n"), "class/nvme/nvme2/address": file("0000:00:05.0\n"),
+		"class/nvme/nvme3/state": file("new\n"), // half made
+		"block/nvme0n1/size":     file("2048\n"), "block/nvme0n1/ro": file("1\n"), "block/nvme0n1/wwid": file("uuid.11111111-2222-4333-8444-55555555555A\n"), "block/nvme0n1/device/subsysnqn": file(testSubsystem + "\n"),
+		"block/nvme0c0n1/size": file("2048\n"), "block/nvme0c0n1/wwid": file("uuid.11111111-2222-4333-8444-55555555555a\n"), "block/nvme0c0n1/device/subsysnqn": file(testSubsystem + "\n"),
+		"block/nvme0n2/size": file("8\n"), "block/nvme0n2/wwid": file("eui.0011\n"), "block/nvme0n2/uuid": file("22222222-2222-4333-8444-555555555555\n"), "block/nvme0n2/device/subsysnqn": file(testSubsystem + "\n"),
+		"block/nvme0n3/size": file("nonsense\n"), "block/nvme0n3/device/subsysnqn": file(testSubsystem + "\n"),
+		"block/nvme0n4/size": file("8\n"), "block/nvme0n4/wwid": file("nvme.1b36-00\n"), "block/nvme0n4/device/subsysnqn": file(testSubsystem + "\n"),
+		"block/nvme2n1/size": file("8\n"), "block/nvme2n1/wwid": file("uuid.11111111-2222-4333-8444-55555555555a\n"), "block/nvme2n1/device/subsysnqn": file("another\n"),
+		"block/sda/size": file("8\n"),
+	}
+}
+
+func TestSysfs(t *testing.T) {
+	ctrls, err := controllers(tree())
+	if err != nil || len(ctrls) != 2 {
+		t.Fatalf("%+v, %v", ctrls, err)
+	}
+	if c := ctrls[0]; c.Name != "nvme0" || !c.of(testSubsystem, testHost) || c.Portal != (Portal{"tcp", "10.0.2.2", "4420"}) || !c.usable() {
+		t.Errorf("%+v", c)
+	}
+	if c := ctrls[1]; c.Portal != (Portal{"rdma", "fe80::1", "4421"}) || c.usable() {
+		t.Errorf("%+v", c)
+	}
+	list, err := drives(tree(), testSubsystem)
+	if err != nil || len(list) != 2 {
+		t.Fatalf("%+v, %v", list, err)
+	}
+	if want := (drive{"nvme0n1", "11111111-2222-4333-8444-55555555555a", testSubsystem, 1 << 20, true}); list[0] != want {
+		t.Errorf("%+v, want %+v", list[0], want)
+	}
+	if list[1].UUID != "22222222-2222-4333-8444-555555555555" || list[1].ReadOnly {
+		t.Errorf("%+v", list[1])
+	}
+	// A kernel without NVMe.
+	empty := fstest.MapFS{"block/sda/size": {Data: []byte("8")}}
+	if ctrls, err := controllers(empty); err != nil || len(ctrls) != 0 {
+		t.Errorf("%+v, %v", ctrls, err)
+	}
+}
+
+func FuzzSysfs(f *testing.F) {
+	f.Add("nvme0", "traddr=1,trsvcid=2", "nvme0n1", "8", "uuid.x")
+	f.Fuzz(func(t *testing.T, ctrl, address, block, size, wwid string) {
+		for _, name := range []string{ctrl, block} {
+			if !fs.ValidPath(name) || strings.Contains(name, "/") || name == "." {
+				return
+			}
+		}
+		sys := fstest.MapFS{
+			"class/nvme/" + ctrl + "/subsysnqn": {Data: []byte("nqn.x")}, "class/nvme/" + ctrl + "/transport": {Data: []byte("tcp")}, "class/nvme/" + ctrl + "/address": {Data: []byte(address)},
+			"block/" + block + "/size": {Data: []byte(size)}, "block/" + block + "/wwid": {Data: []byte(wwid)}, "block/" + block + "/device/subsysnqn": {Data: []byte("nqn.x")},
+		}
+		controllers(sys)
+		list, _ := drives(sys, "nqn.x")
+		for _, d := range list {
+			if d.SizeBytes < 0 || !isDrive(d.Name) {
+				t.Errorf("%+v", d)
+			}
+		}
+	})
+}
+
+func TestUevents(t *testing.T) {
+	message := func(s ...string) []byte { return []byte(strings.Join(s, "\x00") + "\x00") }
+	for _, c := range []struct {
+		b         []byte
+		want      uevent
+		ok, ofUse bool
+	}{
+		{message("add@/devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1", "ACTION=add", "SUBSYSTEM=block", "DEVNAME=nvme0n1", "DEVTYPE=disk"), uevent{"add", "block", "nvme0n1"}, true, true},
+		{message("change@/x", "ACTION=change", "SUBSYSTEM=nvme", "NVME_EVENT=connected"), uevent{"change", "nvme", ""}, true, true},
+		{message("add@/devices/loop0", "ACTION=add", "SUBSYSTEM=block", "DEVNAME=loop0"), uevent{"add", "block", "loop0"}, true, false},
+		{message("libudev", "\xfe\xed\xca\xfe", "ACTION=add"), uevent{}, false, false},
+		{message("add@/x"), uevent{}, false, false},
+		{nil, uevent{}, false, false},
+		{bytes.Repeat([]byte("x"), maxUeventBytes+1), uevent{}, false, false},
+	} {
+		got, ok := parseUevent(c.b)
+		if ok != c.ok || ok && (got != c.want || got.concerns() != c.ofUse) {
+			t.Errorf("%.60q: %+v, %t", c.b, got, ok)
+		}
+	}
+}
+
+func FuzzUevent(f *testing.F) {
+	f.Add([]byte("add@/x\x00ACTION=add\x00SUBSYSTEM=block\x00DEVNAME=nvme0n1\x00"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if e, ok := parseUevent(b); ok && (e.Action == "" || e.Subsystem == "") {
+			t.Errorf("%+v", e)
+		}
+	})
+}
+
+// TestWatch has the kernel send events about a device that is none of ours: they are
+// received, told from ours, and the watch ends when it is told to.
+func TestWatch(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	ready := make(chan struct{})
+	ended := make(chan error, 1)
+	go func() {
+		ended <- linux{}.Watch(ctx, func() { close(ready) }, func() { t.Error("an event about loop0 was taken for one of NVMe") })
+	}()
+	select {
+	case <-ready:
+	case err := <-ended:
+		cancel()
+		t.Skipf("no kernel events here: %v", err)
+	}
+	if fd, err := unix.Open("/sys/block/loop0/uevent", unix.O_WRONLY|unix.O_CLOEXEC, 0); err == nil && os.Geteuid() == 0 {
+		unix.Write(fd, []byte("change"))
+		unix.Close(fd)
+	}
+	// Others may send to the socket as well; that is no event either.
+	if fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_KOBJECT_UEVENT); err == nil {
+		unix.Sendto(fd, []byte("add@/x\x00ACTION=add\x00SUBSYSTEM=nvme\x00"), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1})
+		unix.Close(fd)
+	}
+	time.Sleep(20 * time.Millisecond)
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
