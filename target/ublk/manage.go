@@ -127,9 +127,11 @@ func Recover(ctx context.Context, o Options) (*Server, error) {
 		if err := s.startRecovery(ctx, c); err != nil {
 			return err
 		}
+		reached("recovery started")
 		if err := s.serve(); err != nil {
 			return errors.Join(err, s.Close())
 		}
+		reached("recovery ready")
 		if err := c.simple(cmdEndRecovery, s.info.id, "end recovery of device", uint64(os.Getpid())); err != nil {
 			return errors.Join(err, s.Close())
 		}

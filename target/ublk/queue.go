@@ -149,6 +149,7 @@ func (q *queue) start() (err error) {
 			return fail("fetch", unix.Errno(-c.Res))
 		}
 	}
+	reached("fetched")
 	page := os.Getpagesize()
 	up := func(n int) int { return (n + page - 1) / page * page }
 	q.descs, err = unix.Mmap(q.s.char, int64(q.id*up(maxQueueDepth*ioDescBytes)), up(q.depth*ioDescBytes), unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)

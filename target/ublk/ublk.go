@@ -147,6 +147,10 @@ func (o *Options) params() *params {
 	return p
 }
 
+// reached is told the steps of making and taking over a device, for tests that end the
+// process there.
+var reached = func(step string) {}
+
 // Server serves one device. Its methods may be called concurrently.
 type Server struct {
 	o     Options
@@ -202,6 +206,7 @@ func New(o Options) (*Server, error) {
 		if err := c.add(&s.info); err != nil {
 			return err
 		}
+		reached("added")
 		err := c.setParams(s.info.id, o.params())
 		if err == nil {
 			err = s.serve()
@@ -215,6 +220,7 @@ func New(o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	reached("ready")
 	return s, nil
 }
 
@@ -291,10 +297,13 @@ func (s *Server) Start(ctx context.Context) error {
 const saturatedTimeout = 2 * time.Second
 
 // Tuning returns a file of sysfs and what should be written to it once the device is
-// started, so that the death of a server under full load is noticed in 2 s instead of 30.
-// It has to be done by another process: the kernel may make the writer wait for
+// started, so that the death of a server under full load is noticed in 2 s instead of 30;
+// an empty path says that this kernel needs no help. It has to be done by another process: the kernel may make the writer wait for
 // requests that this one serves.
 func (s *Server) Tuning() (path, data string) {
+	if known.Load()&featPerIODaemon != 0 { // Linux 6.16
+		return "", ""
+	}
 	return fmt.Sprintf("/sys/block/ublkb%d/queue/io_timeout", s.info.id), strconv.FormatInt(saturatedTimeout.Milliseconds(), 10)
 }
 
