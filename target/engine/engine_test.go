@@ -5,6 +5,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/thaw-project/thaw/kind"
 )
@@ -132,3 +133,36 @@ func BenchmarkOwner(b *testing.B) {
 		o.Leave()
 	}
 }
+
+// TestCost: waiting counts, working does not.
+func TestCost(t *testing.T) {
+	var c Cost
+	if c.Known() || c.Slow(0) {
+		t.Error("knows without a measurement")
+	}
+	run := func(f func()) {
+		for range 4 * sampleEvery {
+			w := c.Start()
+			f()
+			w.Stop()
+		}
+	}
+	run(func() {
+		// Half a millisecond of work that no wait interrupts, the machine permitting.
+		for n := range 200_000 {
+			count += n
+		}
+	})
+	if !c.Known() {
+		t.Error("knows nothing of what was measured")
+	}
+	run(func() { time.Sleep(5 * SlowAfter) })
+	if !c.Slow(SlowAfter) {
+		t.Errorf("a request that sleeps counts %d ns", c.ns.Load())
+	}
+	if n := testing.AllocsPerRun(100, func() { c.Start().Stop() }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+var count int

@@ -10,6 +10,7 @@ import (
 
 	"github.com/thaw-project/thaw/nbd"
 	"github.com/thaw-project/thaw/target/bdev"
+	"github.com/thaw-project/thaw/target/engine"
 )
 
 // conn is a connection in transmission.
@@ -17,8 +18,8 @@ import (
 // Its own goroutine, the reader, takes requests off the socket, as many as there are
 // with one call. A request that will be served fast it serves itself, collecting
 // replies in an arena that is sent when there is nothing more to serve: no hand-off, and one call for
-// many replies. A request that will take long goes to a goroutine of its own, which
-// sends its reply itself together with others that are ready. What is fast is measured
+// many replies. A request that will wait long goes to a goroutine of its own, which
+// sends its reply itself together with others that are ready. What waits is measured
 // per kind of request and connection (see cost).
 type conn struct {
 	s          *Server
@@ -32,8 +33,7 @@ type conn struct {
 	// The reader's own.
 	in    *buffer // received bytes: in.b[r:w]
 	r, w  int
-	out   *buffer // the arena: replies in out.b[:out.end]
-	tick  uint
+	out   *buffer   // the arena: replies in out.b[:out.end]
 	slots int       // made so far
 	vec   [1][]byte // for sending the arena
 
@@ -41,7 +41,7 @@ type conn struct {
 	free     chan *slot
 	inflight atomic.Int32 // slots in use
 	workers  sync.WaitGroup
-	costs    [2][8]cost // by with FUA or not, and command
+	costs    [2][8]engine.Cost // by with FUA or not, and command
 
 	box      outbox
 	draining atomic.Bool
@@ -339,14 +339,14 @@ func (c *conn) handle(req *nbd.Request) error {
 	if !c.own() {
 		return c.dispatchTo(req, nil, true)
 	}
-	start := time.Now()
+	w := cost.Start()
 	errno := c.control(req, c.out.b[c.out.end:])
 	c.leave()
-	cost.add(time.Since(start))
+	w.Stop()
 	return c.answer(req, errno)
 }
 
-func (c *conn) handleRead(req *nbd.Request, cost *cost) error {
+func (c *conn) handleRead(req *nbd.Request, cost *engine.Cost) error {
 	n := int(req.Length)
 	if n > chunkBytes {
 		return c.streamRead(req)
@@ -379,27 +379,23 @@ func (c *conn) handleRead(req *nbd.Request, cost *cost) error {
 	if !c.own() {
 		return c.dispatchTo(req, data, true)
 	}
-	start := time.Now()
+	w := cost.Start()
 	data.end = c.buildRead(data.b, req)
 	c.leave()
-	cost.add(time.Since(start))
+	w.Stop()
 	c.box.post(data)
 	return nil
 }
 
 // readOwned serves a read into the arena; the reader owns the device until then.
-func (c *conn) readOwned(room []byte, req *nbd.Request, cost *cost) {
-	if c.tick++; c.tick%sampleEvery == 0 {
-		start := time.Now()
-		c.out.end += c.buildRead(room, req)
-		cost.add(time.Since(start))
-	} else {
-		c.out.end += c.buildRead(room, req)
-	}
+func (c *conn) readOwned(room []byte, req *nbd.Request, cost *engine.Cost) {
+	w := cost.Start()
+	c.out.end += c.buildRead(room, req)
+	w.Stop()
 	c.leave()
 }
 
-func (c *conn) handleWrite(req *nbd.Request, cost *cost) error {
+func (c *conn) handleWrite(req *nbd.Request, cost *engine.Cost) error {
 	n := int(req.Length)
 	slow := c.handOff(cost)
 	if n <= arenaBytes && !slow {
@@ -409,10 +405,10 @@ func (c *conn) handleWrite(req *nbd.Request, cost *cost) error {
 			}
 		}
 		if c.own() {
-			start := time.Now()
+			w := cost.Start()
 			errno := c.write(req, c.in.b[c.r:c.r+n])
 			c.leave()
-			cost.add(time.Since(start))
+			w.Stop()
 			c.r += n
 			return c.answer(req, errno)
 		}
@@ -434,10 +430,10 @@ func (c *conn) handleWrite(req *nbd.Request, cost *cost) error {
 	if !c.own() {
 		return c.dispatchTo(req, data, true)
 	}
-	start := time.Now()
+	w := cost.Start()
 	errno := c.write(req, data.b[:n])
 	c.leave()
-	cost.add(time.Since(start))
+	w.Stop()
 	c.s.budget.give(data)
 	return c.answer(req, errno)
 }
@@ -575,7 +571,7 @@ func (s *slot) Run() { s.serve() }
 func (s *slot) serve() {
 	c, req := s.c, &s.req
 	defer c.workers.Done()
-	start := time.Now()
+	w := c.cost(req).Start()
 	reply := &s.small
 	switch req.Type {
 	case nbd.CmdRead:
@@ -587,7 +583,7 @@ func (s *slot) serve() {
 	default:
 		reply.end = c.putReply(reply.b, req, c.control(req, nil))
 	}
-	c.cost(req).add(time.Since(start))
+	w.Stop()
 	reply.start, reply.slot = 0, s
 	if s.hop {
 		c.box.pass(reply)
@@ -715,32 +711,11 @@ func (o *outbox) failure() error {
 	return o.err
 }
 
-// cost is a moving average of how long a kind of request takes, in nanoseconds.
-type cost struct{ ns atomic.Int64 }
-
-const (
-	// slowNS is from where a request goes to a goroutine of its own: a hand-off
-	// costs a few microseconds of CPU on both sides, and is made up for when the
-	// device waits for longer.
-	slowNS = 50_000
-	// outlierNS is the most one sample counts, so that a goroutine that lost the CPU
-	// for once does not change the way requests are served; two in a row do.
-	outlierNS = 5 * slowNS
-	// sampleEvery is how many reads the reader serves for one it measures.
-	sampleEvery = 8
-)
-
-func (c *conn) cost(req *nbd.Request) *cost {
+// cost is what is known of requests like this one.
+func (c *conn) cost(req *nbd.Request) *engine.Cost {
 	return &c.costs[req.Flags&nbd.CmdFlagFUA][req.Type]
 }
 
 // handOff tells whether a request goes to another goroutine: because it will take
 // long, or because the pool serves all.
-func (c *conn) handOff(k *cost) bool { return c.s.pool != nil || k.ns.Load() > c.s.cfg.slowNS }
-
-// add counts a sample with a weight of one eighth. A lost update between two
-// goroutines does no harm.
-func (c *cost) add(d time.Duration) {
-	old := c.ns.Load()
-	c.ns.Store(old + (min(d.Nanoseconds(), outlierNS)-old)/8)
-}
+func (c *conn) handOff(k *engine.Cost) bool { return c.s.pool != nil || k.Slow(c.s.cfg.slowAfter) }

@@ -83,9 +83,9 @@ type Config struct {
 	RequireTLS bool
 	// Engine says where requests run: engine.SharedNothing.
 	Engine engine.Kind
-	// slowNS is from what mean duration on a request goes to a goroutine of its own:
-	// slowNS. Tests set it so that no clock decides.
-	slowNS int64
+	// slowAfter is from what mean wait on a request goes to a goroutine of its own:
+	// engine.SlowAfter. Tests set it so that no clock decides.
+	slowAfter time.Duration
 	// Log gets one line per connection at debug level, and per protocol violation.
 	// Nil discards.
 	Log *slog.Logger
@@ -156,7 +156,7 @@ func New(cfg Config) *Server {
 	cfg.MaxRequestBytes = cmp.Or(cfg.MaxRequestBytes, 32<<20)
 	cfg.MaxBufferBytes = cmp.Or(cfg.MaxBufferBytes, 128<<20)
 	cfg.HandshakeTimeout = cmp.Or(cfg.HandshakeTimeout, 10*time.Second)
-	cfg.slowNS = cmp.Or(cfg.slowNS, slowNS)
+	cfg.slowAfter = cmp.Or(cfg.slowAfter, engine.SlowAfter)
 	cfg.StallTimeout = cmp.Or(cfg.StallTimeout, 30*time.Second)
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)

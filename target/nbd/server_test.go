@@ -408,7 +408,7 @@ func (l *lonely) WriteAt(p []byte, off int64) (int, error) {
 func TestOneOwner(t *testing.T) {
 	const connections, size = 4, 1 << 20
 	m := newMemory(connections * size)
-	_, socket := start(t, Config{slowNS: math.MaxInt64}, Export{Device: &lonely{memory: m, t: t}})
+	_, socket := start(t, Config{slowAfter: math.MaxInt64}, Export{Device: &lonely{memory: m, t: t}})
 	var wg sync.WaitGroup
 	for c := range connections {
 		r := dialRaw(t, socket).goTo("")
@@ -655,9 +655,9 @@ func TestAllocations(t *testing.T) {
 	if raced {
 		t.Skip("the race detector allocates")
 	}
-	for name, delay := range map[string]time.Duration{"inline": 0, "by goroutine": 60 * time.Microsecond} {
+	for name, limit := range map[string]time.Duration{"inline": time.Hour, "by goroutine": -1} {
 		m := newMemory(1 << 20)
-		_, socket := start(t, Config{}, Export{Device: m})
+		_, socket := start(t, Config{slowAfter: limit}, Export{Device: m})
 		r := dialRaw(t, socket).goTo("", nbd.OptStructuredReply)
 		q := request(nbd.Request{Type: nbd.CmdRead, Length: 4096}, false)
 		reply := make([]byte, nbd.ChunkBytes+8+4096)
@@ -668,7 +668,6 @@ func TestAllocations(t *testing.T) {
 				io.ReadFull(r, reply)
 			}
 		}
-		m.delay.Store(int64(delay))
 		for range 50 {
 			one() // until ways are chosen and pools filled
 		}
@@ -751,11 +750,7 @@ func FuzzRequests(f *testing.F) {
 		}
 		c := newConn(s, &handshake{conn: &pipe{r: bytes.NewReader(b)}, export: x, structured: mode&1 != 0, extended: mode&3 == 3, allocation: mode&1 != 0})
 		if mode&4 != 0 { // goroutines from the start
-			for i := range c.costs {
-				for j := range c.costs[i] {
-					c.costs[i][j].ns.Store(1 << 40)
-				}
-			}
+			s.cfg.slowAfter = -1
 		}
 		c.run()
 		if s.budget.used.Load() != 0 || c.inflight.Load() != 0 {

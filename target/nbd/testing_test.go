@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -48,13 +47,7 @@ func newMemory(size int) *memory {
 }
 
 func (m *memory) enter() error {
-	switch d := time.Duration(m.delay.Load()); {
-	case d == 0:
-	case d < 100*time.Microsecond: // time.Sleep needs memory in a new goroutine
-		for start := time.Now(); time.Since(start) < d; {
-			runtime.Gosched()
-		}
-	default:
+	if d := time.Duration(m.delay.Load()); d > 0 {
 		time.Sleep(d)
 	}
 	if err := m.fail.Load(); err != nil {

@@ -4,9 +4,9 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"time"
 
 	"github.com/thaw-project/thaw/nvme"
+	"github.com/thaw-project/thaw/target/engine"
 )
 
 type state uint8
@@ -137,7 +137,7 @@ func checkSGL(cmd *nvme.Command, l nvme.Layout, length int, toHost bool) nvme.St
 
 // inline tells whether the reader carries a command out itself.
 func (c *conn) inline(u *use, cmd *nvme.Command) bool {
-	return c.t.pool == nil && (u.ns.Inline || u.ns.Adaptive && u.costs[operationOf(cmd)].fast())
+	return c.t.pool == nil && (u.ns.Inline || u.ns.Adaptive && u.fast(cmd))
 }
 
 // own takes the device for a command that the reader carries out. A device that never
@@ -151,16 +151,19 @@ func (u *use) leave() {
 	}
 }
 
-// sample tells whether the reader should measure a command, now and then.
-func (u *use) sample(cmd *nvme.Command) *cost {
+// start begins a command on the device, to be ended by the result's Stop.
+func (u *use) start(cmd *nvme.Command) engine.Watch {
 	if u.ns.Inline || !u.ns.Adaptive {
-		return nil
+		return engine.Watch{}
 	}
+	return u.costs[operationOf(cmd)].Start()
+}
+
+// fast tells whether such a command is known to keep the reader for no longer than it
+// may.
+func (u *use) fast(cmd *nvme.Command) bool {
 	k := &u.costs[operationOf(cmd)]
-	if k.tick++; k.tick%sampleEvery != 0 {
-		return nil
-	}
-	return k
+	return k.Known() && !k.Slow(engine.SlowAfter)
 }
 
 // ioCommand handles a command of an I/O queue.
@@ -324,14 +327,9 @@ func (c *conn) readInline(cmd *nvme.Command, u *use, off int64, length int) erro
 		c.fail(cmd, nvme.InvalidNvmeNamespace|nvme.DNR)
 		return nil
 	}
-	var err error
-	if k := u.sample(cmd); k != nil {
-		start := time.Now()
-		err = readFull(u.ns.dev, b[c.dataOff:c.dataOff+length], off)
-		k.add(time.Since(start))
-	} else {
-		err = readFull(u.ns.dev, b[c.dataOff:c.dataOff+length], off)
-	}
+	w := u.start(cmd)
+	err := readFull(u.ns.dev, b[c.dataOff:c.dataOff+length], off)
+	w.Stop()
 	u.release()
 	u.leave()
 	if err != nil {
@@ -412,9 +410,7 @@ func (c *conn) count(write bool, length int) {
 // executeOwned is execute by the reader, which owns the device until it returns.
 func (c *conn) executeOwned(cmd *nvme.Command, u *use, off int64, length int, p []byte) nvme.Status {
 	defer u.leave()
-	if k := u.sample(cmd); k != nil {
-		defer func(start time.Time) { k.add(time.Since(start)) }(time.Now())
-	}
+	defer u.start(cmd).Stop()
 	return c.execute(cmd, u, off, length, p)
 }
 
@@ -626,10 +622,7 @@ func (r *request) work() {
 // serve runs the command on the device and leaves the answer pending.
 func (r *request) serve() {
 	c := r.c
-	if r.use.ns.Adaptive {
-		k := &r.use.costs[operationOf(&r.cmd)]
-		defer func(start time.Time) { k.add(time.Since(start)) }(time.Now())
-	}
+	defer r.use.start(&r.cmd).Stop()
 	cid := r.cmd.CID
 	if r.cmd.Opcode == nvme.OpRead {
 		var err error

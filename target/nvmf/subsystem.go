@@ -57,7 +57,7 @@ type nvmeNamespace struct {
 type use struct {
 	ns       *nvmeNamespace
 	inflight atomic.Int32
-	costs    [operations]cost
+	costs    [operations]engine.Cost
 }
 
 // operation is a kind of command that takes about as long each time.
@@ -84,39 +84,6 @@ func operationOf(cmd *nvme.Command) operation {
 		return opFlush
 	}
 	return opOther
-}
-
-const (
-	// slow is from where a command goes to a worker: handing it over costs a
-	// microsecond or two on each side, and is made up for when the device waits.
-	slow = 50 * time.Microsecond
-	// outlier is the most one sample counts, so that a goroutine that lost the CPU
-	// once does not change the way commands are served; two in a row do.
-	outlier = 5 * slow
-	// sampleEvery is how many commands the reader carries out for one it measures.
-	sampleEvery = 8
-)
-
-// cost is a moving average of what an operation takes, in ns; 0 when it is not known.
-type cost struct {
-	ns   atomic.Int64
-	tick uint8 // the reader's
-}
-
-// add counts a sample with a weight of one eighth. An update lost between two
-// goroutines does no harm.
-func (c *cost) add(d time.Duration) {
-	sample := max(int64(min(d, outlier)), 1)
-	if old := c.ns.Load(); old != 0 {
-		sample = max(old+(sample-old)/8, 1)
-	}
-	c.ns.Store(sample)
-}
-
-// fast tells whether the reader should carry out such a command itself.
-func (c *cost) fast() bool {
-	ns := c.ns.Load()
-	return ns != 0 && ns <= int64(slow)
 }
 
 // acquire lets the device be used until release, or returns false.

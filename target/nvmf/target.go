@@ -309,8 +309,8 @@ type NvmeNamespaceConfig struct {
 	// answer from memory; any other makes the commands behind it wait.
 	Inline bool
 
-	// Adaptive does so too, for each kind of command as long as the device takes less
-	// than some tens of microseconds for it, as measured. Right for files, whose data
+	// Adaptive does so too, for each kind of command as long as the device waits less
+	// than engine.SlowAfter for it, as measured. Right for files, whose data
 	// is mostly in memory; a device that may suddenly hang, as one behind a
 	// network, would make commands of other nvmeNamespaces wait.
 	Adaptive bool
