@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/thaw-project/thaw/kind"
@@ -26,7 +27,7 @@ type clusterLocks [64]sync.Mutex
 type externalLvol struct {
 	*lvol.Lvol
 	below   bdev.Device
-	window  int64 // what is shown of below
+	window  *atomic.Int64 // what is shown of below; shared by all handles of the lvol
 	cluster int64
 	locks   *clusterLocks
 }
@@ -61,7 +62,7 @@ func (e *externalLvol) ReadAt(p []byte, off int64) (int, error) {
 
 // readBelow fills p with what is shown of the disk, zeros beyond it.
 func (e *externalLvol) readBelow(p []byte, off int64) error {
-	shown := max(0, min(int64(len(p)), min(e.window, e.below.SizeBytes())-off))
+	shown := max(0, min(int64(len(p)), min(e.window.Load(), e.below.SizeBytes())-off))
 	clear(p[shown:])
 	if shown == 0 {
 		return nil
@@ -93,7 +94,7 @@ func (e *externalLvol) WriteAt(p []byte, off int64) (int, error) {
 func (e *externalLvol) writeCluster(p []byte, off int64) error {
 	_, covered, err := e.Covered(off, max(1, int64(len(p))))
 	start := off - off%e.cluster
-	if err == nil && !covered && start < e.window {
+	if err == nil && !covered && start < e.window.Load() {
 		l := &e.locks[uint64(start/e.cluster)%uint64(len(e.locks))]
 		l.Lock()
 		defer l.Unlock()
@@ -136,7 +137,7 @@ func (e *externalLvol) WriteZeroes(off, length int64) error {
 // zero writes zeros where the disk below would show if the lvol let go of a cluster,
 // and lets go beyond.
 func (e *externalLvol) zero(off, length int64, let func(off, length int64) error) error {
-	border := (e.window + e.cluster - 1) / e.cluster * e.cluster
+	border := (e.window.Load() + e.cluster - 1) / e.cluster * e.cluster
 	if size := e.SizeBytes(); off < 0 || length < 0 || off > size || length > size-off || off >= border {
 		return let(off, length)
 	}
@@ -156,7 +157,7 @@ func (e *externalLvol) zero(off, length int64, let func(off, length int64) error
 // Extent implements nbd.Mapper.
 func (e *externalLvol) Extent(off, length int64) (n int64, hole, zero bool, err error) {
 	n, covered, err := e.Covered(off, length)
-	if !covered && off >= e.window {
+	if !covered && off >= e.window.Load() {
 		return n, true, true, err
 	}
 	return n, false, false, err
@@ -164,7 +165,7 @@ func (e *externalLvol) Extent(off, length int64) (n int64, hole, zero bool, err 
 
 // fill copies everything that is still the disk's.
 func (e *externalLvol) fill(ctx context.Context) error {
-	for off := int64(0); off < min(e.window, e.SizeBytes()); off += e.cluster {
+	for off := int64(0); off < min(e.window.Load(), e.SizeBytes()); off += e.cluster {
 		if ctx.Err() != nil {
 			return kind.Wrap(kind.Canceled, context.Cause(ctx))
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/google/uuid"
@@ -16,10 +17,12 @@ import (
 
 // lvolDisk is an lvol as a disk, named by its UUID, with the alias lvstore/name.
 type lvolDisk struct {
-	s     *lvstore
-	id    string
-	name  string       // guarded by Target.mu
-	locks clusterLocks // of writers over an external parent
+	s    *lvstore
+	id   string
+	name string // guarded by Target.mu
+	// What handles of an lvol over an external parent share.
+	locks  clusterLocks
+	window atomic.Int64
 }
 
 // named is the lvol's name in its lvstore.
@@ -56,7 +59,8 @@ func (l *lvolDisk) open() (bdev.Device, error) {
 		h.Close()
 		return nil, err
 	}
-	return &externalLvol{Lvol: h, below: p.dev, window: e.Bytes, cluster: i.ClusterBytes, locks: &l.locks}, nil
+	l.window.Store(e.Bytes)
+	return &externalLvol{Lvol: h, below: p.dev, window: &l.window, cluster: i.ClusterBytes, locks: &l.locks}, nil
 }
 
 func (l *lvolDisk) sizeBytes() int64 { return l.info().SizeBytes }
@@ -448,18 +452,12 @@ func (t *Target) resizeLvol(params json.RawMessage) (any, error) {
 		return nil, err
 	}
 	i := l.info()
-	e, own, err := l.s.external(i)
+	undo, err := l.narrow(i, size)
 	if err != nil {
 		return nil, invalidOf(err)
 	}
-	if e.External != "" && size < e.Bytes {
-		// What is cut off must not show again when the lvol grows.
-		own.External, own.Bytes = e.External, size
-		if err := l.s.attrs.put(map[string]attribute{l.id: own}); err != nil {
-			return nil, invalidOf(err)
-		}
-	}
 	if _, err := l.s.store.Resize(i.Name, size); err != nil {
+		undo()
 		if kind.Of(err) == kind.ReadOnly {
 			err = rpc.Errno(syscall.EPERM, err)
 		}
@@ -467,6 +465,28 @@ func (t *Target) resizeLvol(params json.RawMessage) (any, error) {
 	}
 	t.resized(d)
 	return true, nil
+}
+
+// narrow makes an lvol show no more than size of an external parent, before it shrinks:
+// what is cut off must not show again when it grows. undo takes that back.
+func (l *lvolDisk) narrow(i lvol.Info, size int64) (undo func(), err error) {
+	e, own, err := l.s.external(i)
+	if err != nil || e.External == "" || size >= e.Bytes || i.ReadOnly {
+		return func() {}, err
+	}
+	less := own
+	less.External, less.Bytes = e.External, size
+	if err := l.s.attrs.put(map[string]attribute{l.id: less}); err != nil {
+		return nil, err
+	}
+	l.window.Store(size)
+	return func() {
+		if err := l.s.attrs.put(map[string]attribute{l.id: own}); err != nil {
+			l.s.t.log.Error("lvol shows less of its external parent than before", "lvol", i.Name, "err", err)
+			return
+		}
+		l.window.Store(e.Bytes)
+	}, nil
 }
 
 func (t *Target) setReadOnly(params json.RawMessage) (any, error) {
