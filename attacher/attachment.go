@@ -70,8 +70,11 @@ func decodeAttachment(key, raw []byte) (Export, attachmentRecord, error) {
 	if err == nil {
 		err = errors.Join(identity.CheckNode(string(node)), checkName("block", string(name)))
 	}
-	if err != nil || !found || r.NSID < 1 || r.NSID > MaxAttachments {
-		return Export{}, r, kind.Errorf(kind.Corrupt, "record %.80q of an attachment is damaged: %w", key, err)
+	if err == nil && (!found || r.NSID < 1 || r.NSID > MaxAttachments) {
+		err = kind.Errorf(kind.Corrupt, "nvmeNamespace %d", r.NSID)
+	}
+	if err != nil {
+		return Export{}, r, kind.Errorf(kind.Corrupt, "record %.80q of attachments is damaged: %w", key, err)
 	}
 	return Export{Node: string(node), Block: string(name), NSID: r.NSID, Transport: r.Transport}, r, nil
 }

@@ -27,6 +27,7 @@ type host struct {
 	*testing.T
 	store     *lvol.Store
 	presenter *presenttest.Presenter
+	exporter  Exporter // nil: none
 	db        string
 }
 
@@ -58,7 +59,7 @@ func newHost(t *testing.T) *host {
 func (h *host) start(grace time.Duration) *Attacher {
 	h.Helper()
 	a, err := New(Options{
-		Lvols: h.store, Presenter: h.presenter, DBPath: h.db, Target: "t", HoldGrace: grace,
+		Lvols: h.store, Presenter: h.presenter, DBPath: h.db, Target: "t", HoldGrace: grace, Exporter: h.exporter,
 		Sync: func(context.Context, string) error { return nil },
 	})
 	if err != nil {
@@ -341,6 +342,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 func TestDamagedRecordIsRefused(t *testing.T) {
 	for bucket, value := range map[string]string{
 		"work": `{"owner":`, "exports": `[]`, "blocks": `{"completed":"x"}`, "removals": `{"unknown":1}`, "renames": `{} {}`,
+		"attachments": `{"nsid":0}`,
 	} {
 		h := newHost(t)
 		a := h.start(time.Hour)

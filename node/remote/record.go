@@ -130,8 +130,10 @@ func decodeRecord(k, v []byte) (record, error) {
 	if err == nil {
 		err = r.validate()
 	}
-	target, block := splitKey(string(k))
-	if err != nil || target == "" || block == "" {
+	if target, block := splitKey(string(k)); err == nil && (target == "" || block == "") {
+		err = kind.Errorf(kind.Corrupt, "its key names no block")
+	}
+	if err != nil {
 		return record{}, kind.Errorf(kind.Corrupt, "record %.160q of an attached block is damaged: %w", k, err)
 	}
 	return r, nil
