@@ -27,9 +27,11 @@ import (
 // State is the outcome of one check.
 type State string
 
-// The states. Only Fail keeps Thaw from working.
+// The states. Only Fail keeps Thaw from working; None is what is not there and need not
+// be.
 const (
 	OK   State = "ok"
+	None State = "none"
 	Warn State = "warn"
 	Fail State = "fail"
 )
@@ -50,6 +52,13 @@ type Options struct {
 	ContainerdSocket  string
 	// Snapshotter is the plugin's name in containerd's configuration.
 	Snapshotter string
+	// Presentations has for each presentation (choose.Names) that this program has nil,
+	// or why it cannot be used here. Nil leaves them out.
+	Presentations map[string]error
+	// PresentationDetails says more of those that can be used.
+	PresentationDetails map[string]string
+	// Force is the presentation that the configuration asks for, if any.
+	Force string
 }
 
 // Examine runs all checks in the order an operator would fix them.
@@ -63,7 +72,7 @@ func Examine(ctx context.Context, o Options) []Finding {
 	for _, check := range checks {
 		findings = append(findings, check(ctx, o))
 	}
-	return findings
+	return append(findings, presentations(o)...)
 }
 
 func privileges(context.Context, Options) Finding {

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -37,7 +38,7 @@ func Load(ctx context.Context) error {
 	// what others wrote.
 	out, merr := exec.CommandContext(ctx, "modprobe", "nbd", "nbds_max=0", "max_part=0").CombinedOutput()
 	if merr != nil {
-		return kind.Errorf(kind.Unsupported, "%w; modprobe nbd: %w %.200s", err, merr, out)
+		return kind.Errorf(kind.Unsupported, "%w; modprobe nbd: %w %.200s", err, merr, bytes.TrimSpace(out))
 	}
 	return Probe()
 }
