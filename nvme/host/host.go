@@ -51,7 +51,7 @@ type Config struct {
 	Depth        int  // entries per queue; default 128
 	HeaderDigest bool //
 	DataDigest   bool //
-	NoInCapsule  bool // write only by R2T
+	NoInCapsule  bool // write only by R2T; Linux 6.12's target never asks for data that a capsule could have held
 	MaxR2T       int  // outstanding R2Ts per command, 1 to 4; default 4
 
 	KeepAlive      time.Duration // default 5 s, negative for none
