@@ -20,6 +20,9 @@ type Run struct {
 
 // BlockMap is a part of the map of an lvol that nobody can write now.
 type BlockMap struct {
+	// UUID is the lvol's own. Another lvol that got the same name after this one was
+	// deleted has another: parts of two do not make a map.
+	UUID         string
 	SizeBytes    int64 // of the whole lvol
 	ClusterBytes int64
 	Runs         []Run // without gaps, from the offset that was asked for
@@ -83,7 +86,7 @@ func (s *Store) Map(name string, offset int64, maxRuns int) (BlockMap, error) {
 		}
 		at = next
 	}
-	m := BlockMap{SizeBytes: size, ClusterBytes: s.clusterBytes, Runs: w.runs}
+	m := BlockMap{UUID: v.uuid.String(), SizeBytes: size, ClusterBytes: s.clusterBytes, Runs: w.runs}
 	last := &m.Runs[len(m.Runs)-1]
 	last.LengthBytes = min(last.LengthBytes, size-last.OffsetBytes)
 	m.NextBytes = last.OffsetBytes + last.LengthBytes

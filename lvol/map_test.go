@@ -37,7 +37,8 @@ func wholeMap(s *Store, name string, maxRuns int) ([]Run, error) {
 		}
 		at += r.LengthBytes
 	}
-	if i, err := s.Get(name); err != nil || at != i.SizeBytes {
+	m, err := s.Map(name, 0, 1)
+	if i, err2 := s.Get(name); err != nil || err2 != nil || at != i.SizeBytes || m.UUID != i.UUID {
 		return nil, fmt.Errorf("map ends at %d of %d: %v", at, i.SizeBytes, err)
 	}
 	return runs, nil

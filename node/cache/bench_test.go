@@ -100,3 +100,29 @@ type still struct{ *remote }
 func (still) SizeBytes() int64                      { return 1 << 40 }
 func (still) ReadAt(p []byte, _ int64) (int, error) { return len(p), nil }
 func (still) Close() error                          { return nil }
+
+// BenchmarkOpen opens a cache of 10 GiB with nothing in it, or 1 GiB.
+func BenchmarkOpen(b *testing.B) {
+	for _, u := range []struct {
+		name string
+		fill int64
+	}{{"empty", 0}, {"1GiB", 1 << 30}} {
+		b.Run(u.name, func(b *testing.B) {
+			o := Options{Dir: filepath.Join(b.TempDir(), "cache"), SizeBytes: 10 << 30, ReadAheadBytes: -1}
+			c := openCache(b, o)
+			d, err := c.Device(still{}, Map{Domain: "store", Runs: []Run{{0, still{}.SizeBytes(), true, owner(1)}}})
+			ok(b, err)
+			p := make([]byte, mib)
+			for at := int64(0); at < u.fill; at += mib {
+				_, err := d.ReadAt(p, at)
+				ok(b, err)
+			}
+			ok(b, c.Close())
+			for b.Loop() {
+				c, err := Open(o)
+				ok(b, err)
+				ok(b, c.Close())
+			}
+		})
+	}
+}

@@ -204,15 +204,19 @@ func (c *Cache) load() {
 }
 
 func (c *Cache) loadSlot(s *shard, i uint32, r *record, b []byte) {
-	ok := decodeRecord(r, b, s.number(i), c.unit)
-	if ok && c.shard(r.key) == s && s.find(r.key) == none {
+	if !decodeRecord(r, b, s.number(i), c.unit) {
+		return
+	}
+	for ; s.fresh < i; s.fresh++ { // those before it hold nothing
+		s.push(&s.free, s.fresh)
+	}
+	s.fresh = i + 1
+	if c.shard(r.key) == s && s.find(r.key) == none {
 		copy(s.sumsOf(i), r.sums)
 		s.put(i, r.key, r.bytes, flagHasRecord, true)
 		return
 	}
-	if ok {
-		s.slots[i].bits = flagHasRecord
-	}
+	s.slots[i].bits = flagHasRecord
 	s.push(&s.free, i)
 }
 

@@ -73,10 +73,13 @@ type shard struct {
 	// in the table nor read.
 	sums []uint32
 
-	mu      sync.Mutex
-	slots   []slot            // guarded by mu
-	heads   []uint32          // guarded by mu: buckets, a power of two
-	free    fifo              // guarded by mu
+	mu    sync.Mutex
+	slots []slot   // guarded by mu
+	heads []uint32 // guarded by mu: buckets, a power of two
+	free  fifo     // guarded by mu
+	// fresh is the first slot that was never in a list: those from there on cost no
+	// memory until the cache grows into them.
+	fresh   uint32            // guarded by mu
 	small   fifo              // guarded by mu
 	main    fifo              // guarded by mu
 	ghosts  []uint32          // guarded by mu: fingerprints of what left the small queue unused; 0 is none
@@ -93,7 +96,7 @@ type shardCount struct {
 	evictions                     uint64
 }
 
-// newShard makes the nth of so many shards, with n slots that are in no list.
+// newShard makes the nth of so many shards, with n slots that hold nothing.
 func newShard(nth, of, n uint32, unitBytes int) *shard {
 	s := &shard{
 		nth: nth, of: of, unit: unitBytes, blocks: unitBytes >> blockShift, slots: make([]slot, n),
@@ -267,6 +270,10 @@ func (s *shard) pop(q *fifo) uint32 {
 func (s *shard) alloc() (uint32, bool) {
 	if s.free.n > 0 {
 		return s.pop(&s.free), true
+	}
+	if s.fresh < uint32(len(s.slots)) {
+		s.fresh++
+		return s.fresh - 1, true
 	}
 	return s.evict()
 }
