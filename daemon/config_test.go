@@ -43,6 +43,22 @@ attach_timeout = "3s"
 	}
 }
 
+const remoteTable = "[[remote]]\nname = \"rack\"\nattacher = \"x:1\"\ncertificate = \"c\"\nkey = \"k\"\nca = \"a\"\n"
+
+func TestRoles(t *testing.T) {
+	c, err := load(t, "roles = [\"node\"]\n"+remoteTable)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := c.Remote[0]; c.Store() || !c.Node() || r.Transport != "nvme-tcp" || time.Duration(r.LossTimeout) != 10*time.Minute || !filepath.IsAbs(r.Key) {
+		t.Fatalf("%+v", c)
+	}
+	c, err = load(t, "[export]\nnvme_tcp = [\"10.0.0.1:4420\", \"[fd00::1]:4420\"]\nattacher = \"10.0.0.1:7443\"\ncertificate = \"c\"\nkey = \"k\"\nclient_ca = \"a\"\n"+remoteTable)
+	if err != nil || !c.Store() || !c.Node() || !c.Exports() {
+		t.Fatalf("%+v, %v", c, err)
+	}
+}
+
 func TestConfigRefuses(t *testing.T) {
 	for name, tc := range map[string]struct{ text, says string }{
 		"unknown key":     {"rot = \"/x\"", "rot"},
@@ -58,6 +74,20 @@ func TestConfigRefuses(t *testing.T) {
 		"bad target":      {"target = \"a b\"", "target"},
 		"long run":        {"run = \"/" + strings.Repeat("x", 120) + "\"", "107"},
 		"device and size": {"[pool]\ndevice = \"/dev/sdx\"\ncapacity = \"1GiB\"", "pool.device"},
+		"no role":         {"roles = []", "roles"},
+		"bad role":        {"roles = [\"king\"]", "king"},
+		"node of nothing": {"roles = [\"node\"]", "[[remote]]"},
+		"open export":     {"[export]\nnvme_tcp = [\"10.0.0.1:4420\"]\nattacher = \"10.0.0.1:7443\"", "export.certificate"},
+		"half an export":  {"[export]\nnvme_tcp = [\"10.0.0.1:4420\"]", "attacher"},
+		"bad portal":      {"[export]\nnvme_tcp = [\"store:4420\"]\nattacher = \"10.0.0.1:7443\"\ncertificate = \"c\"\nkey = \"k\"\nclient_ca = \"a\"", "IP address"},
+		"export of node":  {"roles = [\"node\"]\n[export]\nattacher = \"x:1\"", "role store"},
+		"remote of store": {"roles = [\"store\"]\n" + remoteTable, "role node"},
+		"own name":        {"target = \"rack\"\n" + remoteTable, "another target"},
+		"name twice":      {remoteTable + remoteTable, "another target"},
+		"open remote":     {"[[remote]]\nname = \"rack\"\nattacher = \"x:1\"", "certificate"},
+		"bad transport":   {remoteTable + "transport = \"pigeon\"", "nvme-tcp"},
+		"bad attacher":    {strings.Replace(remoteTable, "x:1", "x", 1), "port"},
+		"tiny cache":      {"[cache]\nsize = \"1KiB\"", "cache"},
 		"level":           {"log_level = \"loud\"", "log_level"},
 	} {
 		t.Run(name, func(t *testing.T) {

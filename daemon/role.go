@@ -133,7 +133,7 @@ func (r *RemoteConfig) validate(taken map[string]bool) error {
 		r.Transport = export.TransportTCP
 	}
 	if r.Transport != remote.TransportTCP {
-		return kind.Errorf(kind.Unsupported, "remote %s: transport %.40q: must be %s", r.Name, r.Transport, remote.TransportTCP)
+		return kind.Errorf(kind.Invalid, "remote %s: transport %.40q: must be %s", r.Name, r.Transport, remote.TransportTCP)
 	}
 	if r.LossTimeout == 0 {
 		r.LossTimeout = Duration(remote.DefaultLossTimeout)

@@ -643,3 +643,93 @@ func BenchmarkList1000(b *testing.B) {
 		}
 	}
 }
+
+// TestTargets: a block comes with who stores it, also after a restart.
+func TestTargets(t *testing.T) {
+	l := newLab(t)
+	b, path := l.block(1), l.qcow2("rw")
+	var mu sync.Mutex
+	var released []imagemgmt.Block
+	o := l.options()
+	o.Own = "here"
+	o.Released = func(b imagemgmt.Block) {
+		mu.Lock()
+		defer mu.Unlock()
+		released = append(released, b)
+	}
+	start := func() *imagemgmt.Manager {
+		t.Helper()
+		m, err := imagemgmt.New(o)
+		must(t, err)
+		return m
+	}
+	m := start()
+	far := imagemgmt.Block{Target: "rack-7", Name: b}
+	d, err := m.Attach(ctx, far, "u")
+	must(t, err)
+	if d.Source.Target != "rack-7" {
+		t.Fatalf("%+v", d)
+	}
+	w, err := m.AttachWritable(ctx, far, path, "rw-1")
+	must(t, err)
+	if w.Source.Target != "rack-7" {
+		t.Fatalf("%+v", w)
+	}
+	_, err = m.AttachWritable(ctx, imagemgmt.Block{Target: "rack-8", Name: b}, path, "rw-1")
+	wantKind(t, err, kind.Exists)
+	// Who names another target for the same block gets the disk that is there.
+	again, err := m.Attach(ctx, imagemgmt.Block{Target: "rack-8", Name: b}, "v")
+	must(t, err)
+	if again != d {
+		t.Fatalf("%+v", again)
+	}
+	if m.Attached(b) || !m.Uses(far) || m.Uses(imagemgmt.Block{Target: "rack-8", Name: b}) {
+		t.Fatal("in use is the wrong target's")
+	}
+	_, err = m.Attach(ctx, imagemgmt.Block{Target: "Rack 7", Name: b}, "u")
+	wantKind(t, err, kind.Invalid)
+
+	must(t, m.Close())
+	l.presenter.Reboot()
+	m = start()
+	defer m.Close()
+	a, err := m.Stat(ctx, b)
+	must(t, err)
+	if a.Disk.Source.Target != "rack-7" || len(a.Users) != 3 {
+		t.Fatalf("%+v", a)
+	}
+	must(t, m.Detach(ctx, b, "u"))
+	must(t, m.Detach(ctx, b, "v"))
+	if !m.Uses(far) {
+		t.Fatal("a block under a writable layer is in nobody's use")
+	}
+	must(t, m.DetachWritable(ctx, b, "rw-1"))
+	if m.Uses(far) {
+		t.Fatal("it is still in use")
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if len(released) == 0 || released[len(released)-1] != far {
+		t.Fatalf("released were %+v", released)
+	}
+}
+
+// TestOwnTarget: this machine's own store has a name, and needs none.
+func TestOwnTarget(t *testing.T) {
+	l := newLab(t)
+	b := l.block(1)
+	o := l.options()
+	o.Own = "here"
+	m, err := imagemgmt.New(o)
+	must(t, err)
+	defer m.Close()
+	d, err := m.Attach(ctx, imagemgmt.Block{Target: "here", Name: b}, "u")
+	must(t, err)
+	again, err := m.Attach(ctx, imagemgmt.Block{Name: b}, "v")
+	must(t, err)
+	if d.Source.Target != "" || again != d || !m.Attached(b) || !m.Uses(imagemgmt.Block{Target: "here", Name: b}) {
+		t.Fatalf("%+v, %+v", d, again)
+	}
+	must(t, m.Detach(ctx, b, "u"))
+	must(t, m.Detach(ctx, b, "v"))
+}
