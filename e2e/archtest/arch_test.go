@@ -80,6 +80,8 @@ var rules = []rule{
 	{from: "target/nvmf", direct: true, forbid: []string{"lvol", "qcow2", "attacher"}, why: "front-ends see only interfaces of target/bdev"},
 	{from: "target/nbd", direct: true, forbid: []string{"lvol", "qcow2", "attacher"}, why: "front-ends see only interfaces of target/bdev"},
 	{from: "target/ublk", direct: true, forbid: []string{"lvol", "qcow2", "attacher"}, why: "front-ends see only interfaces of target/bdev"},
+	{from: "node/cache", forbid: []string{"google.golang.org/grpc", "lvol", "qcow2", "attacher", "node/remote", "node/present", "image"},
+		why: "the cache knows devices and who owns their bytes, not where they come from"},
 	{from: "node/snapshotter", direct: true, forbid: []string{"lvol", "attacher", "target", "node/present/fuse", "image/convert"},
 		why: "the snapshotter asks image-mgmt for disks and must not know the storage side"},
 	{from: "node/imagemgmt", forbid: []string{"github.com/containerd/containerd", "node/snapshotter", "image/convert"},

@@ -18,16 +18,21 @@ type count struct {
 	badBlocks, diskErrors atomic.Uint64
 }
 
-// Stat describes a cache. What is counted is since Open.
-type Stat struct {
+// Contents is what a cache holds.
+type Contents struct {
 	Dir           string `json:"dir"`
 	UnitBytes     int64  `json:"unit_bytes"`
 	CapacityBytes int64  `json:"capacity_bytes"`
 	UsedBytes     int64  `json:"used_bytes"`
-	Units         int64  `json:"units"`        // that it holds
-	MemoryBytes   int64  `json:"memory_bytes"` // of the index
-	Devices       int    `json:"devices"`      // open
-	Paused        bool   `json:"paused"`       // the disk failed a write and is left alone for a while
+	Units         int64  `json:"units"`
+}
+
+// Stat describes an open cache. What is counted is since Open.
+type Stat struct {
+	Contents
+	MemoryBytes int64 `json:"memory_bytes"` // of the index, if all of it was used
+	Devices     int   `json:"devices"`      // open
+	Paused      bool  `json:"paused"`       // the disk failed a write and is left alone for a while
 
 	Hits         uint64 `json:"hits"` // reads of a unit, or a part of one, that needed no network
 	HitBytes     uint64 `json:"hit_bytes"`
@@ -53,7 +58,7 @@ type Stat struct {
 func (c *Cache) Stat() Stat {
 	n := &c.count
 	st := Stat{
-		Dir: c.o.Dir, UnitBytes: int64(c.unit), Paused: c.pausedUntil.Load() != 0,
+		Contents: Contents{Dir: c.o.Dir, UnitBytes: int64(c.unit)}, Paused: c.pausedUntil.Load() != 0,
 		Misses: n.misses.Load(), MissBytes: n.missBytes.Load(), Joins: n.joins.Load(), PassedBytes: n.passedBytes.Load(),
 		Fetches: n.fetches.Load(), FetchErrors: n.fetchErrors.Load(), FetchedBytes: n.fetchedBytes.Load(),
 		ReadAheadBytes: n.readAheadBytes.Load(), Skipped: n.skipped.Load(), BadBlocks: n.badBlocks.Load(), DiskErrors: n.diskErrors.Load(),

@@ -130,8 +130,8 @@ func room(dir string) (int64, error) {
 
 // Inspect describes the cache in dir, which another process may have open: what it holds,
 // about, since that process goes on. kind.NotFound when there is none.
-func Inspect(dir string) (Stat, error) {
-	fail := func(err error) (Stat, error) { return Stat{}, fmt.Errorf("node cache %s: %w", dir, err) }
+func Inspect(dir string) (Contents, error) {
+	fail := func(err error) (Contents, error) { return Contents{}, fmt.Errorf("node cache %s: %w", dir, err) }
 	h, err := readHeader(dir)
 	if err != nil {
 		return fail(err)
@@ -144,7 +144,7 @@ func Inspect(dir string) (Stat, error) {
 	if _, err := f.Seek(headerBytes, io.SeekStart); err != nil {
 		return fail(err)
 	}
-	st := Stat{Dir: dir, UnitBytes: int64(h.unitBytes)}
+	st := Contents{Dir: dir, UnitBytes: int64(h.unitBytes)}
 	r := record{sums: make([]uint32, h.unitBytes>>blockShift)}
 	b := make([]byte, recordBytes(h.unitBytes))
 	in := bufio.NewReaderSize(f, 1<<20)
