@@ -14,9 +14,10 @@ const (
 	familyGroup = "nbd_mc_group"
 	version     = 1
 
+	// NBD_CMD_*.
 	cmdConnect     = 1
-	cmdReconfigure = 2
-	cmdDisconnect  = 3
+	cmdDisconnect  = 2
+	cmdReconfigure = 3
 	cmdLinkDead    = 4
 	cmdStatus      = 5
 
