@@ -1,12 +1,14 @@
 package guest_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -175,4 +177,98 @@ func TestOptions(t *testing.T) {
 	if !errors.Is(err, kind.Invalid) {
 		t.Errorf("a disk called root: %v", err)
 	}
+}
+
+// ownerEnv is set in a child of the test that starts a guest and is killed.
+const ownerEnv = "THAW_GUEST_TEST_OWNER"
+
+// own is that child: it says when its guest runs, and waits to be killed.
+func own() error {
+	g, err := guest.Start(context.Background(), guest.Options{})
+	if err != nil {
+		return err
+	}
+	defer g.Close()
+	fmt.Println("up")
+	time.Sleep(time.Hour)
+	return nil
+}
+
+// TestOwnerKilled kills the process that started a guest: the guest ends too, its lock
+// is free, and the next start removes its files.
+func TestOwnerKilled(t *testing.T) {
+	if os.Getenv(guest.Environment) != "1" {
+		t.Skipf("needs a guest: set %s=1", guest.Environment)
+	}
+	// An own folder for temporary files, so that the guests of other programs do not
+	// matter and nothing but this test's is seen.
+	folder := t.TempDir()
+	t.Setenv("TMPDIR", folder)
+	c := exec.Command("/proc/self/exe")
+	c.Env = append(os.Environ(), ownerEnv+"=1")
+	c.Stderr = os.Stderr
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil || line != "up\n" {
+		t.Errorf("child says %q: %v", line, err)
+	}
+	qemu := qemuOf(t, folder)
+	if err := c.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Wait() // the signal
+	eventually(t, "QEMU ends", func() error {
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d", qemu)); err == nil {
+			return errors.New("it is there")
+		}
+		return nil
+	})
+	left := func() []string {
+		dirs, err := filepath.Glob(filepath.Join(folder, "thaw-vm-*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return dirs
+	}
+	if len(left()) != 1 {
+		t.Fatalf("the killed guest left %v", left())
+	}
+	g := guest.New(t, guest.Options{})
+	g.Must(t, "true")
+	if len(left()) != 1 {
+		t.Errorf("beside the second guest's there are %v", left())
+	}
+	if err := g.Close(); err != nil {
+		t.Error(err)
+	}
+	if len(left()) != 0 {
+		t.Errorf("guests left %v", left())
+	}
+}
+
+// qemuOf finds the QEMU whose files are in a folder.
+func qemuOf(t *testing.T, folder string) int {
+	t.Helper()
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range lines {
+		text, err := os.ReadFile(path)
+		if err == nil && strings.HasPrefix(string(text), "qemu-system-x86_64\x00") && strings.Contains(string(text), folder) {
+			var pid int
+			if _, err := fmt.Sscanf(path, "/proc/%d/", &pid); err != nil {
+				t.Fatal(err)
+			}
+			return pid
+		}
+	}
+	t.Fatalf("no QEMU with files in %s", folder)
+	return 0
 }
