@@ -388,3 +388,14 @@ func (n nvmet) Detach(_ context.Context, _, path string) error {
 	}
 	return errors.Join(set(dir, "enable", "0"), os.Remove(dir))
 }
+
+// BenchmarkPresented measures the kernel's initiator with the kernel's target.
+func BenchmarkPresented(b *testing.B) {
+	needKernel(b, TransportTCP)
+	b.Setenv(storeEnv, TransportTCP)
+	if err := (nvmet{TransportTCP}).start(); err != nil {
+		b.Skipf("no kernel target: %v", err)
+	}
+	defer nvmet{TransportTCP}.stop()
+	presenttest.Benchmark(b, subject)
+}

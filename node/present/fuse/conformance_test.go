@@ -68,3 +68,8 @@ func TestConformance(t *testing.T) {
 	needFUSE(t)
 	presenttest.Conformance(t, subject)
 }
+
+func BenchmarkPresented(b *testing.B) {
+	needFUSE(b)
+	presenttest.Benchmark(b, subject)
+}

@@ -64,3 +64,8 @@ func TestConformance(t *testing.T) {
 	needKernel(t)
 	presenttest.Conformance(t, subject)
 }
+
+func BenchmarkPresented(b *testing.B) {
+	needKernel(b)
+	presenttest.Benchmark(b, subject)
+}
