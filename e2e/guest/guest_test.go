@@ -197,9 +197,7 @@ func own() error {
 // TestOwnerKilled kills the process that started a guest: the guest ends too, its lock
 // is free, and the next start removes its files.
 func TestOwnerKilled(t *testing.T) {
-	if os.Getenv(guest.Environment) != "1" {
-		t.Skipf("needs a guest: set %s=1", guest.Environment)
-	}
+	guest.Require(t)
 	// An own folder for temporary files, so that the guests of other programs do not
 	// matter and nothing but this test's is seen.
 	folder := t.TempDir()

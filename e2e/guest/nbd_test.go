@@ -17,7 +17,7 @@ import (
 // TestNBDByLinux drives our NBD server on this machine with Linux's client in the guest.
 func TestNBDByLinux(t *testing.T) {
 	g := guest.New(t, guest.Options{Modules: []string{"nbd", "ext4"}})
-	store := openPool(t, newPool(t))
+	store := newPool(t)
 	defer store.Close()
 	disk, err := store.OpenLvol("disk", false)
 	if err != nil {

@@ -18,7 +18,7 @@ import (
 // TestTargetByLinux drives our target on this machine with Linux's host in the guest.
 func TestTargetByLinux(t *testing.T) {
 	g := guest.New(t, guest.Options{Modules: []string{"nvme-tcp", "ext4"}, CPUs: 2})
-	store := openPool(t, newPool(t))
+	store := newPool(t)
 	defer store.Close()
 	disk, err := store.OpenLvol("disk", false)
 	if err != nil {
@@ -232,16 +232,12 @@ func summary(out string) string {
 	return strings.Join(lines, "\n")
 }
 
-// TestTargetKilled kills the target under an application's I/O, and starts another.
+// TestTargetKilled kills thaw target under an application's I/O and starts it again,
+// which restores what it served. Nothing of it reaches the application.
 func TestTargetKilled(t *testing.T) {
+	guest.Require(t)
+	target, port := startTarget(t)
 	g := guest.New(t, guest.Options{Modules: []string{"nvme-tcp"}})
-	s := served{Pool: newPool(t), Lvol: "disk", Address: anyAddress, UUID: uuid.New()}
-	c := startChild(t, s)
-	s.Address = c.address // the next one is where this one was
-	_, port, err := net.SplitHostPort(c.address)
-	if err != nil {
-		t.Fatal(err)
-	}
 	// Two minutes is the loss timeout; a command waits as long.
 	g.Must(t, fmt.Sprintf("nvme connect -t tcp -a %s -s %s -n %s --ctrl-loss-tmo=120 --reconnect-delay=1 --keep-alive-tmo=5 -g -G", guest.HostAddress, port, subNQN))
 	// It is the only controller, so its number is also that of its subsystem.
@@ -260,14 +256,14 @@ func TestTargetKilled(t *testing.T) {
 		if _, err := fmt.Sscan(g.Must(t, find+"awk '{print $7}' $stat"), &written); err != nil {
 			t.Fatal(err)
 		}
-		c.kill()
+		target.kill()
 		g.Must(t, find+"await grep -q connecting $state")
 		select {
 		case <-fio.Done():
 			t.Fatalf("round %d: fio ended while the target was away:\n%s", round, fio.Output())
 		default:
 		}
-		c = startChild(t, s)
+		target.start(t)
 		g.Must(t, find+"await grep -q live $state")
 	}
 	code, err := fio.Wait(ctx)
@@ -281,5 +277,14 @@ func TestTargetKilled(t *testing.T) {
 		t.Errorf("the kernel had errors:\n%s", out)
 	}
 	t.Log(summary(fio.Output()))
-	g.Must(t, "nvme disconnect -n "+subNQN)
+	// What was added and removed by RPC comes and goes in the guest.
+	target.must(t, "bdev_malloc_create", map[string]any{"name": "m0", "num_blocks": 32768, "block_size": 512, "uuid": extraUUID})
+	target.must(t, "nvmf_subsystem_add_ns", map[string]any{"nqn": subNQN, "namespace": map[string]any{"bdev_name": "m0", "nsid": 7}})
+	if out := g.Must(t, "blockdev --getsize64 $(nvme_device "+extraUUID+")"); out != "16777216\n" {
+		t.Errorf("the new disk has %s bytes", out)
+	}
+	target.must(t, "nvmf_subsystem_remove_ns", map[string]any{"nqn": subNQN, "nsid": 7})
+	g.Must(t, "await '! grep -q "+extraUUID+" /sys/block/nvme*n*/uuid'; nvme disconnect -n "+subNQN)
 }
+
+const extraUUID = "0d1c7f9e-6a53-4d55-9f0c-2f7f4ce33d11"

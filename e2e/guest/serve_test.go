@@ -1,16 +1,16 @@
 package guest_test
 
 import (
-	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
-	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
-	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/thaw-project/thaw/e2e/guest"
@@ -21,18 +21,10 @@ import (
 const (
 	subNQN     = "nqn.2014-08.org.thaw-project:guest-test"
 	lvolBytes  = 256 << 20
-	serveEnv   = "THAW_GUEST_TEST_SERVE" // set in a child of this test: what it is to serve, as JSON
 	anyAddress = "127.0.0.1:0"
 )
 
 func TestMain(m *testing.M) {
-	if text := os.Getenv(serveEnv); text != "" {
-		if err := serve(text); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
 	if os.Getenv(ownerEnv) != "" {
 		if err := own(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -43,42 +35,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// served says what a target in a process of its own serves: one lvol of a pool.
-type served struct {
-	Pool, Lvol, Address string
-	UUID                uuid.UUID // hosts take another one for another disk
-}
-
-// serve is the child process: a target that lives until its standard input ends.
-func serve(text string) error {
-	var s served
-	if err := json.Unmarshal([]byte(text), &s); err != nil {
-		return err
-	}
-	store, err := lvol.Open(lvol.Options{Dir: s.Pool})
-	if err != nil {
-		return err
-	}
-	defer store.Close()
-	device, err := store.OpenLvol(s.Lvol, false)
-	if err != nil {
-		return err
-	}
-	target, address, err := newTarget(s.Address)
-	if err != nil {
-		return err
-	}
-	defer target.Close()
-	if _, err := target.AddNvmeNamespace(subNQN, nvmf.NvmeNamespaceConfig{Device: device, UUID: s.UUID}); err != nil {
-		return err
-	}
-	fmt.Println(address)
-	_, err = io.Copy(io.Discard, os.Stdin)
-	return err
-}
-
-// newTarget makes a target with one subsystem, open to the guest, that discovery tells
-// to be where the guest sees this machine.
+// newTarget makes a target in this process with one subsystem, open to the guest, that
+// discovery tells to be where the guest sees this machine.
 func newTarget(address string) (_ *nvmf.Target, at string, err error) {
 	t, err := nvmf.New(nvmf.Options{})
 	if err != nil {
@@ -100,70 +58,129 @@ func newTarget(address string) (_ *nvmf.Target, at string, err error) {
 }
 
 // newPool makes a pool with an lvol called disk.
-func newPool(t *testing.T) string {
+func newPool(t *testing.T) *lvol.Store {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "pool")
 	if err := lvol.Create(lvol.CreateOptions{Dir: dir, CapacityBytes: 2 << 30}); err != nil {
 		t.Fatal(err)
 	}
-	store := openPool(t, dir)
-	if _, err := store.Create("disk", lvolBytes); err != nil {
-		t.Fatal(err)
-	}
-	if err := store.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return dir
-}
-
-func openPool(t *testing.T, dir string) *lvol.Store {
-	t.Helper()
 	store, err := lvol.Open(lvol.Options{Dir: dir})
 	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.Create("disk", lvolBytes); err != nil {
 		t.Fatal(err)
 	}
 	return store
 }
 
-// child is a target in a process of its own.
-type child struct {
-	command *exec.Cmd
-	input   io.Closer
-	address string
+// process is a thaw target, which keeps its configuration.
+type process struct {
+	program, dir string
+	command      *exec.Cmd
 }
 
-func startChild(t *testing.T, s served) *child {
+// start starts it, and returns when it answers: when it serves again what it served.
+func (p *process) start(t *testing.T) {
 	t.Helper()
-	text, err := json.Marshal(s)
+	log, err := os.OpenFile(filepath.Join(p.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &child{command: exec.Command("/proc/self/exe")}
-	c.command.Env = append(os.Environ(), serveEnv+"="+string(text))
-	c.command.Stderr = os.Stderr
-	if c.input, err = c.command.StdinPipe(); err != nil {
+	defer log.Close()
+	p.command = exec.Command(p.program, "target", "--root", p.dir, "--socket", p.socket(), "--persist")
+	p.command.Stderr = log
+	if err := p.command.Start(); err != nil {
 		t.Fatal(err)
 	}
-	out, err := c.command.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := c.command.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.kill)
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil {
-		t.Fatalf("target did not start: %v", err)
-	}
-	c.address = line[:len(line)-1]
-	return c
+	eventually(t, "thaw target answers", func() error { return p.call(t.Context(), "spdk_get_version", nil, nil) })
 }
+
+func (p *process) socket() string { return filepath.Join(p.dir, "s") }
 
 // kill ends the process as a crash would; again is harmless.
-func (c *child) kill() {
-	if c.command.ProcessState == nil {
-		_ = unix.Kill(c.command.Process.Pid, unix.SIGKILL)
-		_ = c.command.Wait() // the signal
+func (p *process) kill() {
+	if p.command.ProcessState == nil {
+		_ = unix.Kill(p.command.Process.Pid, unix.SIGKILL)
+		_ = p.command.Wait() // the signal
 	}
+}
+
+func (p *process) call(ctx context.Context, method string, params map[string]any, result any) error {
+	args := []string{"target", "--socket", p.socket(), "call", method}
+	if params != nil {
+		text, err := json.Marshal(params)
+		if err != nil {
+			return err
+		}
+		args = append(args, "--params", string(text))
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	c := exec.CommandContext(ctx, p.program, args...)
+	out, err := c.Output()
+	if err != nil {
+		if e, ok := err.(*exec.ExitError); ok {
+			err = fmt.Errorf("%w: %s", err, e.Stderr)
+		}
+		return fmt.Errorf("%s: %w", method, err)
+	}
+	if result == nil {
+		return nil
+	}
+	return json.Unmarshal(out, result)
+}
+
+func (p *process) must(t *testing.T, method string, params map[string]any) {
+	t.Helper()
+	if err := p.call(t.Context(), method, params, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// startTarget starts a thaw target that serves an lvol over NVMe/TCP, and returns the
+// port where.
+func startTarget(t *testing.T) (p *process, port string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "thaw-target-") // short: the path of a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	p = &process{program: guest.Build(t, "cmd/thaw"), dir: dir}
+	p.start(t)
+	t.Cleanup(func() {
+		p.kill()
+		if log, err := os.ReadFile(filepath.Join(dir, "log")); t.Failed() && err == nil {
+			t.Logf("thaw target:\n%s", log)
+		}
+	})
+	l, err := net.Listen("tcp", anyAddress)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, port, err = net.SplitHostPort(l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	data := filepath.Join(dir, "data")
+	f, err := os.Create(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Truncate(2 << 30); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	p.must(t, "bdev_aio_create", map[string]any{"name": "aio0", "filename": data, "block_size": 512})
+	p.must(t, "bdev_lvol_create_lvstore", map[string]any{"bdev_name": "aio0", "lvs_name": "lvs0"})
+	p.must(t, "bdev_lvol_create", map[string]any{"lvol_name": "disk", "size_in_mib": lvolBytes >> 20, "thin_provision": true, "lvs_name": "lvs0"})
+	p.must(t, "nvmf_create_transport", map[string]any{"trtype": "TCP"})
+	p.must(t, "nvmf_create_subsystem", map[string]any{"nqn": subNQN, "serial_number": "GUEST2"})
+	p.must(t, "nvmf_subsystem_add_host", map[string]any{"nqn": subNQN, "host": guest.HostNQN})
+	p.must(t, "nvmf_subsystem_add_ns", map[string]any{"nqn": subNQN, "namespace": map[string]any{"bdev_name": "lvs0/disk"}})
+	p.must(t, "nvmf_subsystem_add_listener", map[string]any{"nqn": subNQN,
+		"listen_address": map[string]any{"trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": port}})
+	return p, port
 }
