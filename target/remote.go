@@ -291,9 +291,8 @@ func (r *remote) run(ctx context.Context) {
 			}
 			r.t.admin.Unlock()
 		case now := <-tick.C:
-			up := slices.ContainsFunc(r.h.Portals(), func(p host.PortalState) bool { return p.Up })
 			switch {
-			case up:
+			case r.up():
 				down = time.Time{}
 			case down.IsZero():
 				down = now
@@ -320,11 +319,30 @@ func (r *remote) lose(ctx context.Context) {
 // drop takes the disks away and ends run, without waiting. The caller holds admin.
 func (r *remote) drop(wanted bool) {
 	delete(r.t.remotes, r.p.Name)
-	r.stop()
+	defer r.unblock()()
 	for nsid, d := range r.disks {
 		delete(r.disks, nsid)
 		r.t.unregister(d, wanted)
 	}
+	r.stop()
+}
+
+// unblock makes sure that nobody waits for a subsystem that is out of reach, perhaps for
+// ever, while its disks are taken away: I/O fails at once when no path is up, else after a
+// while, which lvstores have to write what they hold. The function that it returns ends
+// that.
+func (r *remote) unblock() (done func()) {
+	if !r.up() {
+		r.h.Close()
+		return func() {}
+	}
+	late := time.AfterFunc(attachPatience, func() { r.h.Close() })
+	return func() { late.Stop() }
+}
+
+// up tells whether some path is.
+func (r *remote) up() bool {
+	return slices.ContainsFunc(r.h.Portals(), func(p host.PortalState) bool { return p.Up })
 }
 
 // sync registers what came and unregisters what went. The caller holds admin.

@@ -229,3 +229,41 @@ func TestLoss(t *testing.T) {
 		return strings.Contains(near.answer("nvmf_get_subsystems", ""), `"nsid":5,"bdev_name":"rn1"`)
 	})
 }
+
+// TestUnreachable takes away what is out of reach while I/O waits for it, for ever if
+// need be.
+func TestUnreachable(t *testing.T) {
+	far := start(t, target.Options{})
+	far.call("bdev_malloc_create", `{"name":"m","num_blocks":65536,"block_size":512}`)
+	port := freePort(t)
+	far.export(port, "m")
+	for _, how := range []string{"detach", "close"} {
+		t.Run(how, func(t *testing.T) {
+			near := start(t, target.Options{})
+			a := newRelay(t, port)
+			near.call("bdev_nvme_attach_controller", attach("r", a.port(), `,"ctrlr_loss_timeout_sec":-1,"reconnect_delay_sec":1`))
+			near.call("bdev_lvol_create_lvstore", `{"bdev_name":"rn1","lvs_name":"lvs","cluster_sz":65536}`)
+			near.call("bdev_lvol_create", `{"lvol_name":"a","size_in_mib":4,"thin_provision":true,"lvs_name":"lvs"}`)
+			local := freePort(t)
+			near.export(local, "lvs/a")
+			d := near.open(connect(t, local), "lvs/a")
+			write(t, d, 0, []byte("x"))
+			a.cut(true)
+			var wg sync.WaitGroup
+			for i := range 8 {
+				wg.Go(func() { d.WriteAt(make([]byte, 4096), int64(i+1)*65536) }) // fails in the end, or when the host closes
+			}
+			eventually(t, "the path is seen down", func() bool {
+				return strings.Contains(near.answer("bdev_nvme_get_controllers", ""), "reconnect_is_delayed")
+			})
+			if how == "detach" {
+				near.call("bdev_nvme_detach_controller", `{"name":"r"}`)
+				if got := near.answer("bdev_get_bdevs", ""); got != "[]" {
+					t.Errorf("left: %s", got)
+				}
+			} else if err := near.target.Close(); err == nil {
+				t.Log("closed without a complaint") // the lvstore could not be made durable, which is logged
+			}
+		})
+	}
+}

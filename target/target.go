@@ -188,6 +188,9 @@ func (t *Target) Close() error {
 	}
 	t.closed = true
 	t.cancel()
+	for _, r := range t.remotes {
+		defer r.unblock()()
+	}
 	t.closeExports()
 	t.closeKernel()
 	t.admin.Unlock()
