@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/cache"
+	"github.com/thaw-project/thaw/node/present/choose"
 )
 
 // Defaults that need no file.
@@ -82,12 +84,14 @@ type Config struct {
 	Target   string     `toml:"target"`
 	LogLevel slog.Level `toml:"log_level"`
 
-	Export      ExportConfig      `toml:"export"`
-	Remote      []RemoteConfig    `toml:"remote"`
-	Cache       CacheConfig       `toml:"cache"`
-	Pool        PoolConfig        `toml:"pool"`
-	Snapshotter SnapshotterConfig `toml:"snapshotter"`
-	Metrics     MetricsConfig     `toml:"metrics"`
+	Export ExportConfig   `toml:"export"`
+	Remote []RemoteConfig `toml:"remote"`
+	Cache  CacheConfig    `toml:"cache"`
+
+	Presentation PresentationConfig `toml:"presentation"`
+	Pool         PoolConfig         `toml:"pool"`
+	Snapshotter  SnapshotterConfig  `toml:"snapshotter"`
+	Metrics      MetricsConfig      `toml:"metrics"`
 }
 
 // PoolConfig describes the lvol store. Everything but IO matters only when the pool
@@ -139,13 +143,14 @@ func (c *Config) cacheDir() string {
 // DefaultConfig is the configuration without a file.
 func DefaultConfig() Config {
 	return Config{
-		Root:     DefaultRoot,
-		Run:      DefaultRun,
-		Roles:    []string{RoleStore, RoleNode},
-		Target:   "local",
-		LogLevel: slog.LevelInfo,
-		Cache:    CacheConfig{Enabled: true, Size: cache.DefaultSizeBytes},
-		Pool:     PoolConfig{Cluster: 64 << 10, IO: "file"},
+		Root:         DefaultRoot,
+		Run:          DefaultRun,
+		Roles:        []string{RoleStore, RoleNode},
+		Target:       "local",
+		LogLevel:     slog.LevelInfo,
+		Presentation: PresentationConfig{Kind: PresentationAuto},
+		Cache:        CacheConfig{Enabled: true, Size: cache.DefaultSizeBytes},
+		Pool:         PoolConfig{Cluster: 64 << 10, IO: "file"},
 		Snapshotter: SnapshotterConfig{
 			AttachTimeout: Duration(10 * time.Second),
 			WritableSize:  20 << 30,
@@ -240,6 +245,9 @@ func (c *Config) Validate() error {
 	if s := c.Pool.Capacity; s != 0 && s < minPoolClusters*c.Pool.Cluster {
 		return kind.Errorf(kind.Invalid, "pool.capacity of %d bytes: must hold at least %d clusters of %d bytes", s, minPoolClusters, c.Pool.Cluster)
 	}
+	if k := c.Presentation.Kind; k != PresentationAuto && !slices.Contains(choose.Names(), k) {
+		return kind.Errorf(kind.Invalid, "presentation.kind %.40q: must be %s or one of %s", k, PresentationAuto, strings.Join(choose.Names(), ", "))
+	}
 	if c.Cache.Enabled {
 		if err := (cache.Options{Dir: c.cacheDir(), SizeBytes: int64(c.Cache.Size)}).Validate(); err != nil {
 			return kind.Errorf(kind.Invalid, "cache: %w", err)
@@ -259,6 +267,7 @@ type Paths struct {
 	RootLock, RunLock                                   string
 	Pool, AttacherDB, ImagemgmtDB, Snapshotter, Mounts  string
 	RemoteDB, Scratch, Cache                            string
+	FabricsState, UblkState, NBDState                   string
 	Socket, SnapshotterSocket, KeeperSocket, MetricSock string
 	Dev, FuseState                                      string
 }
@@ -275,6 +284,7 @@ func (c *Config) Paths() Paths {
 		Socket: run("thaw.sock"), SnapshotterSocket: run("snapshotter.sock"),
 		KeeperSocket: run("keeper.sock"), MetricSock: run("metrics.sock"),
 		Dev: run("dev"), FuseState: run("fuse.json"),
+		FabricsState: run("fabrics.json"), UblkState: run("ublk.json"), NBDState: run("nbd.json"),
 	}
 }
 

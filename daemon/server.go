@@ -27,6 +27,7 @@ import (
 	"github.com/thaw-project/thaw/node/cache"
 	"github.com/thaw-project/thaw/node/imagemgmt"
 	"github.com/thaw-project/thaw/node/present"
+	"github.com/thaw-project/thaw/node/present/choose"
 	"github.com/thaw-project/thaw/node/present/fuse"
 	"github.com/thaw-project/thaw/node/remote"
 	"github.com/thaw-project/thaw/node/snapshotter"
@@ -43,7 +44,10 @@ type Server struct {
 	closers []closer
 
 	keeper    *keeper.Client
-	presenter *fuse.Presenter
+	fuse      *fuse.Presenter // nil without FUSE, and noFuse says why
+	noFuse    error
+	presenter *choose.Presenter // of the role node: shows each disk with what suits it
+	closeData func() error      // closes what shows disks; nil when there is nothing
 	services  services
 
 	// Of the role store, else nil.
@@ -74,7 +78,7 @@ func Serve(ctx context.Context, config Config, keeperCommand []string, logger *s
 		if _, nerr := systemd.SdNotify(false, systemd.SdNotifyReady); nerr != nil {
 			logger.Warn("tell the service manager", "error", nerr)
 		}
-		err = s.services.wait(ctx, s.presenter.Gone())
+		err = s.services.wait(ctx, s.gone())
 		_, _ = systemd.SdNotify(false, systemd.SdNotifyStopping)
 	}
 	return errors.Join(err, s.close())
@@ -197,46 +201,6 @@ func (s *Server) listen(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// startData brings up what containers' I/O passes through.
-func (s *Server) startData(ctx context.Context, keeperCommand []string, registry *prometheus.Registry) error {
-	p := s.config.Paths()
-	var err error
-	s.keeper, err = keeper.Ensure(ctx, keeper.Options{Socket: p.KeeperSocket, Command: keeperCommand, Logger: s.logger.With("part", "keeper")})
-	if err != nil {
-		return err
-	}
-	s.onClose("keeper client", s.keeper.Close)
-	s.presenter, err = fuse.New(fuse.Options{
-		Dir: p.Dev, StatePath: p.FuseState, Keeper: s.keeper, Open: s.open, Interrupt: s.closeRemote,
-		Logger: s.logger.With("part", "fuse"), Registerer: registry,
-	})
-	if err != nil {
-		// A keeper with nothing to keep would wait for ever.
-		if held, lerr := s.keeper.List(ctx); lerr == nil && len(held) == 0 {
-			err = errors.Join(err, s.keeper.Exit(ctx))
-		}
-		return err
-	}
-	s.onClose("presentation", s.closePresenter)
-	return nil
-}
-
-// closePresenter leaves disks that are in use to the next server; with none left
-// nothing of this one stays behind.
-func (s *Server) closePresenter() error {
-	if s.presenter == nil { // torn down
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	disks, err := s.presenter.List(ctx)
-	if err == nil && len(disks) == 0 {
-		return errors.Join(s.presenter.Teardown(ctx), s.keeper.Exit(ctx))
-	}
-	s.logger.Info("disks stay attached and wait for the next server", "disks", len(disks))
-	return errors.Join(err, s.presenter.Close())
-}
-
 // openStorage opens what devices come from. It connects to nothing.
 func (s *Server) openStorage(registry *prometheus.Registry) (err error) {
 	if s.config.Store() {
@@ -302,6 +266,9 @@ func (s *Server) health(ctx context.Context) error {
 		if _, err := s.attacher.GetStore(ctx, &attacherv1.GetStoreRequest{}); err != nil {
 			return fmt.Errorf("attacher: %w", err)
 		}
+	}
+	if s.fuse == nil {
+		return nil
 	}
 	// A path in the mount makes the kernel ask this process.
 	if _, err := os.Stat(s.config.Paths().Dev); err != nil {

@@ -16,7 +16,7 @@ import (
 // startStore brings up the attacher and, if configured, what serves other machines.
 func (s *Server) startStore() (err error) {
 	o := attacher.Options{
-		Lvols: s.store, Presenter: s.presenter, DBPath: s.config.Paths().AttacherDB, Target: s.config.Target,
+		Lvols: s.store, Presenter: s.fuse, DBPath: s.config.Paths().AttacherDB, Target: s.config.Target,
 		Logger: s.logger.With("part", "attacher"),
 	}
 	if s.images != nil {

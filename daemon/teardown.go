@@ -18,6 +18,7 @@ import (
 
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/mount"
+	"github.com/thaw-project/thaw/node/present"
 )
 
 // teardownLoss is how long unmounting waits for a store that is away. Unmounting what is
@@ -55,7 +56,11 @@ func Teardown(ctx context.Context, config Config, keeperCommand []string, force 
 	}
 	p := config.Paths()
 	if !force {
-		target, err := usedBy(p)
+		disks, err := s.shown(ctx)
+		if err != nil {
+			return err
+		}
+		target, err := usedBy(p, disks)
 		if err != nil {
 			return err
 		}
@@ -69,18 +74,17 @@ func Teardown(ctx context.Context, config Config, keeperCommand []string, force 
 	if err := detachLoops(ctx, p.Dev, progress); err != nil {
 		return err
 	}
-	if err := s.presenter.Teardown(ctx); err != nil {
+	if err := s.teardownData(ctx); err != nil {
 		return fmt.Errorf("%w: stop what uses it, or use --force", err)
 	}
-	s.presenter = nil
 	fmt.Fprintln(progress, "unmounted", p.Dev)
-	return s.keeper.Exit(ctx)
+	return s.exitKeeper(ctx)
 }
 
 // usedBy returns where something is mounted that needs a presented disk and is none of
 // Thaw's own mounts, as a rule the root file system of a container; empty when there
 // is nothing. It reads tables only: a path on a disk would be asked of this process.
-func usedBy(p Paths) (string, error) {
+func usedBy(p Paths, disks []present.Disk) (string, error) {
 	mounts, err := mountinfo.GetMounts(nil)
 	if err != nil {
 		return "", fmt.Errorf("list mounts: %w", err)
@@ -89,6 +93,12 @@ func usedBy(p Paths) (string, error) {
 	own := []string{p.Mounts + "/", p.Snapshotter + "/", p.Dev + "/"}
 	ours := func(path string) bool {
 		return path == p.Dev || slices.ContainsFunc(own, func(dir string) bool { return strings.HasPrefix(path, dir) })
+	}
+	devices := map[string]bool{} // disks that are block devices
+	for _, d := range disks {
+		if d.Block && d.Path != "" {
+			devices[d.Path] = true
+		}
 	}
 	systems := map[number]bool{} // the file systems on our disks
 	var roots []string           // and where they are
@@ -102,7 +112,7 @@ func usedBy(p Paths) (string, error) {
 		if ours(m.Mountpoint) {
 			continue
 		}
-		if systems[number{m.Major, m.Minor}] || onPresentedLoop(m.Source, p.Dev) || m.FSType == "overlay" && overlayOn(m.VFSOptions, roots) {
+		if systems[number{m.Major, m.Minor}] || devices[m.Source] || onPresentedLoop(m.Source, p.Dev) || m.FSType == "overlay" && overlayOn(m.VFSOptions, roots) {
 			return m.Mountpoint, nil
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/thaw-project/thaw/e2e/lab"
 	"github.com/thaw-project/thaw/e2e/launch"
@@ -134,6 +135,12 @@ func secondStart(t *testing.T, m *member, name, ref string) {
 	before := m.received(t)
 	if err := m.thaw.Start(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+	// containerd dials a snapshotter that was away with pauses of its own.
+	for deadline := time.Now().Add(time.Minute); m.ReachesSnapshotter(t.Context()) != nil; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("containerd does not find the snapshotter again")
+		}
 	}
 	container, timing := coldStart(t, m.Node, "again-"+name, ref)
 	if body, err := container.Ready(t.Context()); err != nil || !strings.Contains(body, "hello") {

@@ -658,6 +658,19 @@ func (m *Manager) Uses(b Block) bool {
 	return false
 }
 
+// Layered tells whether a writable layer is over b.
+func (m *Manager) Layered(b Block) bool {
+	b = m.own(b)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, w := range m.writers {
+		if w.block() == b {
+			return true
+		}
+	}
+	return false
+}
+
 // Stat implements Service. Disk is zero when the block is held only by writable
 // layers, or could not be shown.
 func (m *Manager) Stat(_ context.Context, block string) (Attachment, error) {

@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -64,10 +65,7 @@ type Options struct {
 	Targets []TargetOptions
 	// DBPath is the database of what is attached, remote.db.
 	DBPath string
-	// KernelHost means that the host's kernel connects to the stores. Attach then does
-	// not wait for this process to see a block.
-	KernelHost bool
-	Logger     *slog.Logger // nil is silence
+	Logger *slog.Logger // nil is silence
 	// Registerer, if not nil, gets the metrics (thaw_remote_*).
 	Registerer prometheus.Registerer
 
@@ -83,6 +81,8 @@ type Remote struct {
 	targets map[string]*target
 	keys    keylock.Set // target \0 block: one change at a time
 	metrics *metrics
+
+	kernelHost atomic.Bool
 
 	mu      sync.Mutex
 	records map[string]*record // guarded by mu, as what it points to: by key
@@ -134,6 +134,10 @@ func New(o Options) (*Remote, error) {
 	}
 	return r, nil
 }
+
+// SetKernelHost says whether the host's kernel connects to the stores. Attach then does
+// not wait for this process to see a block.
+func (r *Remote) SetKernelHost(yes bool) { r.kernelHost.Store(yes) }
 
 // Start begins to bring the stores' attachments in line with inUse, which tells
 // whether anybody on this node uses a block or is about to. It must not wait.
@@ -189,7 +193,7 @@ func (r *Remote) Attach(ctx context.Context, targetName, block string) error {
 		return nil
 	}
 	err = t.attach(ctx, block)
-	if err == nil && !r.o.KernelHost {
+	if err == nil && !r.kernelHost.Load() {
 		err = r.visible(ctx, t, block)
 	}
 	if err != nil {
@@ -205,6 +209,28 @@ func (r *Remote) visible(ctx context.Context, t *target, block string) error {
 	d := &device{t: t, block: block}
 	if _, err := d.host(ctx); err != nil {
 		return kind.Wrap(kind.Unavailable, fmt.Errorf("it is attached and cannot be reached: %w", err))
+	}
+	return nil
+}
+
+// Detach takes a block away from this node; when it returns, the store has told connected
+// hosts. A block that is not attached is no error. Errors are kind.Unavailable when the
+// store does not answer within ctx.
+func (r *Remote) Detach(ctx context.Context, targetName, block string) error {
+	t, err := r.target(targetName)
+	if err != nil {
+		return err
+	}
+	unlock, err := r.keys.Lock(ctx, key(targetName, block))
+	if err != nil {
+		return fmt.Errorf("detach block %s of target %s: %w", block, targetName, err)
+	}
+	defer unlock()
+	if _, ok := r.record(targetName, block); !ok {
+		return nil
+	}
+	if err := t.detach(ctx, block); err != nil {
+		return fmt.Errorf("detach block %s of target %s: %w", block, targetName, err)
 	}
 	return nil
 }

@@ -73,7 +73,7 @@ func (t *target) attach(ctx context.Context, block string) error {
 		return fmt.Errorf("the store's answer makes no sense: %w", err)
 	}
 	var m *attacherv1.BlockMap
-	if _, known := t.r.record(t.o.Name, block); !known && !t.r.o.KernelHost {
+	if _, known := t.r.record(t.o.Name, block); !known {
 		m, err = t.fetchMap(ctx, c, block, rec.SizeBytes)
 		if err != nil && !errors.Is(err, kind.Unsupported) {
 			return fmt.Errorf("get its map: %w", err)
