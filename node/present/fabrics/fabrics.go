@@ -154,7 +154,9 @@ type Presenter struct {
 	news   news
 	kick   chan struct{} // capacity 1: controllers are to be looked after
 
+	// These are taken in this order.
 	disks   keylock.Set // by id: held while a disk comes or goes
+	blocks  keylock.Set // by target and block: held while one is attached or detached
 	targets keylock.Set // by subsystem: held while controllers come or go
 
 	mu      sync.Mutex
@@ -350,6 +352,11 @@ func (p *Presenter) present(ctx context.Context, id string, source present.Sourc
 			return r.disk(d), nil
 		}
 	}
+	unlock, err := p.blocks.Lock(ctx, blockKey(source))
+	if err != nil {
+		return present.Disk{}, kind.Errorf(kind.Canceled, "%w", err)
+	}
+	defer unlock()
 	r.ID, r.Source = id, source
 	d, err := p.show(ctx, &r)
 	if err != nil {
@@ -360,6 +367,9 @@ func (p *Presenter) present(ctx context.Context, id string, source present.Sourc
 	}
 	return r.disk(d), nil
 }
+
+// blockKey names a block of a target; neither name has a zero byte.
+func blockKey(source present.Source) string { return source.Target + "\x00" + source.Lvol }
 
 // undo gives back what a failed Present took. What cannot be given back stays on record,
 // where List shows it.
@@ -487,7 +497,8 @@ func (p *Presenter) until(ctx context.Context, done func() (bool, error)) error 
 	}
 }
 
-// Withdraw implements present.Presenter. A disk in use is kind.InUse before anything is
+// Withdraw implements present.Presenter. When another id shows the same block, that is the
+// same disk, and only the id goes. A disk in use is kind.InUse before anything is
 // changed. It is kind.Unavailable when the target cannot be told: the disk stays, and a
 // later call goes on.
 func (p *Presenter) Withdraw(ctx context.Context, id string) error {
@@ -505,7 +516,12 @@ func (p *Presenter) Withdraw(ctx context.Context, id string) error {
 }
 
 func (p *Presenter) withdraw(ctx context.Context, r record) error {
-	if r.attached() {
+	unlock, err := p.blocks.Lock(ctx, blockKey(r.Source))
+	if err != nil {
+		return kind.Errorf(kind.Canceled, "%w", err)
+	}
+	defer unlock()
+	if r.attached() && !p.shared(&r) {
 		d, ok, err := p.find(&r.Export)
 		if err != nil {
 			return err
@@ -522,6 +538,19 @@ func (p *Presenter) withdraw(ctx context.Context, r record) error {
 	return p.hide(ctx, r)
 }
 
+// shared tells whether another id shows the same block: then there is one disk for both,
+// which goes with the last. The caller holds the block.
+func (p *Presenter) shared(r *record) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, other := range p.records {
+		if other.ID != r.ID && other.Source == r.Source {
+			return true
+		}
+	}
+	return false
+}
+
 // claim makes sure that nobody uses a drive and that nobody begins to.
 func (p *Presenter) claim(ctx context.Context, path string) (release func() error, err error) {
 	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
@@ -534,7 +563,12 @@ func (p *Presenter) claim(ctx context.Context, path string) (release func() erro
 }
 
 // hide detaches the block of r, waits until its drive is gone, and takes it off the record.
+// The caller holds the block.
 func (p *Presenter) hide(ctx context.Context, r record) error {
+	forget := func(records map[string]record, _ map[link]bool) { delete(records, r.ID) }
+	if p.shared(&r) {
+		return p.update(forget)
+	}
 	p.setLeaving(r.ID, true)
 	defer func() {
 		p.setLeaving(r.ID, false)
@@ -567,7 +601,7 @@ func (p *Presenter) hide(ctx context.Context, r record) error {
 	if err != nil {
 		return err
 	}
-	return p.update(func(records map[string]record, _ map[link]bool) { delete(records, r.ID) })
+	return p.update(forget)
 }
 
 func (p *Presenter) setLeaving(id string, leaving bool) {

@@ -53,7 +53,14 @@ func TestPresentAndWithdraw(t *testing.T) {
 	if list, err := p.List(ctx); err != nil || len(list) != 2 || list[0] != a || list[1] != b {
 		t.Errorf("%+v, %v", list, err)
 	}
+	// Another id of the same block is the same disk.
+	if b2, err := p.Present(ctx, "b2", lvol("b"), true); err != nil || b2.Path != b.Path {
+		t.Errorf("%+v, %v", b2, err)
+	}
 	m.setBusy(b.Path, true)
+	if err := p.Withdraw(ctx, "b2"); err != nil || !m.attached["b"] {
+		t.Errorf("one of two ids: %v", err)
+	}
 	wantKind(t, p.Withdraw(ctx, "b"), kind.InUse)
 	wantKind(t, p.Teardown(ctx), kind.InUse)
 	if !m.attached["b"] {
