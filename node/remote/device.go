@@ -25,6 +25,15 @@ type device struct {
 	block     string
 	sizeBytes int64
 	now       atomic.Pointer[opened]
+
+	life   context.Context // ends with Close, or the Remote's
+	cancel context.CancelFunc
+}
+
+func (t *target) device(block string, sizeBytes int64) *device {
+	d := &device{t: t, block: block, sizeBytes: sizeBytes}
+	d.life, d.cancel = context.WithCancel(t.r.life)
+	return d
 }
 
 // opened is what a device reads from at present.
@@ -65,6 +74,9 @@ func (d *device) host(ctx context.Context) (*opened, error) {
 			}
 			o := &opened{h, l}
 			d.now.Store(o)
+			if d.life.Err() != nil { // Close may have come too early for this one
+				h.Close()
+			}
 			return o, nil
 		}
 		if connected {
@@ -104,7 +116,7 @@ func (d *device) readAt(p []byte, off int64) (int, error) {
 		if h == nil {
 			if ctx == nil {
 				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(d.t.r.life, d.t.o.LossTimeout)
+				ctx, cancel = context.WithTimeout(d.life, d.t.o.LossTimeout)
 				defer cancel()
 			}
 			var err error
@@ -116,7 +128,7 @@ func (d *device) readAt(p []byte, off int64) (int, error) {
 		switch {
 		case err == nil || errors.Is(err, io.EOF):
 			return n, err
-		case errors.Is(err, kind.NotFound), errors.Is(err, kind.Unavailable) && h.link.isClosed() && d.t.r.life.Err() == nil:
+		case errors.Is(err, kind.NotFound), errors.Is(err, kind.Unavailable) && h.link.isClosed() && d.life.Err() == nil:
 			// The nvmeNamespace is gone, or the link was replaced: look again.
 			d.now.CompareAndSwap(h, nil)
 			if ctx != nil && ctx.Err() != nil {
@@ -150,5 +162,12 @@ func (d *device) SizeBytes() int64 { return d.sizeBytes }
 // ReadOnly is true.
 func (d *device) ReadOnly() bool { return true }
 
-// Close does nothing: the link belongs to all devices of its subsystem.
-func (d *device) Close() error { return nil }
+// Close ends reads that wait for the store. The link belongs to all devices of its
+// subsystem and stays.
+func (d *device) Close() error {
+	d.cancel()
+	if h := d.now.Load(); h != nil {
+		return h.Close()
+	}
+	return nil
+}

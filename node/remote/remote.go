@@ -206,7 +206,8 @@ func (r *Remote) Attach(ctx context.Context, targetName, block string) error {
 // visible waits until this process reaches a block that was just attached, so that a
 // store that answers calls and serves no data is found out before somebody mounts it.
 func (r *Remote) visible(ctx context.Context, t *target, block string) error {
-	d := &device{t: t, block: block}
+	d := t.device(block, 0)
+	defer d.Close()
 	if _, err := d.host(ctx); err != nil {
 		return kind.Wrap(kind.Unavailable, fmt.Errorf("it is attached and cannot be reached: %w", err))
 	}
@@ -254,7 +255,7 @@ func (r *Remote) Open(targetName, block string) (bdev.Device, error) {
 	if !ok {
 		return nil, kind.Errorf(kind.NotFound, "block %s of target %s is not attached", block, targetName)
 	}
-	return &device{t: t, block: block, sizeBytes: rec.SizeBytes}, nil
+	return t.device(block, rec.SizeBytes), nil
 }
 
 // Export is how a host's own initiator reaches an attached block.

@@ -21,6 +21,7 @@ import (
 	"github.com/thaw-project/thaw/certificate"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/nvme/host"
+	"github.com/thaw-project/thaw/target/bdev"
 )
 
 func wantKind(t *testing.T, err error, k kind.Kind) {
@@ -163,6 +164,36 @@ func TestCloseEndsReads(t *testing.T) {
 		wantKind(t, <-reads, kind.Unavailable)
 	}
 	n.open()
+}
+
+// TestDeviceCloseEndsReads: a disk that is taken away must not wait for a store that is
+// away, and others over the same connection go on waiting.
+func TestDeviceCloseEndsReads(t *testing.T) {
+	s := newStore(t)
+	one := s.image(1)
+	n := s.node("node-a")
+	must(t, n.attachBlock(one))
+	var devices []bdev.Device
+	for range 3 {
+		d, err := n.Open(targetName, one)
+		must(t, err)
+		devices = append(devices, d)
+	}
+	checkDevice(t, devices[0], 1)
+	checkDevice(t, devices[1], 1)
+	s.stop()
+	reads := make([]chan error, len(devices))
+	for i, d := range devices {
+		reads[i] = make(chan error, 1)
+		go func() { _, err := d.ReadAt(make([]byte, 512), 0); reads[i] <- err }()
+	}
+	must(t, devices[0].Close()) // connected before
+	must(t, devices[2].Close()) // never
+	wantKind(t, <-reads[0], kind.Unavailable)
+	wantKind(t, <-reads[2], kind.Unavailable)
+	s.start()
+	must(t, <-reads[1])
+	checkDevice(t, devices[1], 1)
 }
 
 // TestRestartsUnderReads: readers of several blocks, with the store restarted.

@@ -2,6 +2,7 @@ package host
 
 import (
 	"io"
+	"sync/atomic"
 
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/nvme"
@@ -16,6 +17,8 @@ type Device struct {
 	s     *shared
 	nsid  uint32
 	block int64 // bytes
+
+	closed atomic.Bool
 }
 
 var _ bdev.Device = (*Device)(nil)
@@ -29,8 +32,14 @@ func (d *Device) ReadOnly() bool { return d.s.ns.Load().ReadOnly }
 // Info describes the nvmeNamespace as last heard of.
 func (d *Device) Info() NvmeNamespace { return *d.s.ns.Load() }
 
-// Close does nothing: the Host owns the connections.
-func (d *Device) Close() error { return nil }
+// Close makes I/O that waits for a path fail with kind.Unavailable. The Host owns the
+// connections and keeps them.
+func (d *Device) Close() error {
+	if !d.closed.Swap(true) {
+		d.h.wake()
+	}
+	return nil
+}
 
 func (d *Device) check(what string, off, length int64) error {
 	if off < 0 || length < 0 || off > d.SizeBytes() || length > d.SizeBytes()-off {
@@ -48,7 +57,7 @@ func (d *Device) transfer(op uint8, dir direction, p []byte, off int64) error {
 		n := min(int64(len(p)), d.max())
 		cmd := nvme.Command{Opcode: op, NSID: d.nsid, CDW12: uint32(n/d.block - 1)}
 		cmd.SetSLBA(uint64(off / d.block))
-		if err := d.h.do(d.s, &cmd, dir, p[:n]); err != nil {
+		if err := d.h.do(d, &cmd, dir, p[:n]); err != nil {
 			return err
 		}
 		p, off = p[n:], off+n
@@ -147,7 +156,7 @@ func (d *Device) rewrite(p []byte, off int64) error {
 
 // Flush implements bdev.Device.
 func (d *Device) Flush() error {
-	return d.h.do(d.s, &nvme.Command{Opcode: nvme.OpFlush, NSID: d.nsid}, none, nil)
+	return d.h.do(d, &nvme.Command{Opcode: nvme.OpFlush, NSID: d.nsid}, none, nil)
 }
 
 // Discard implements bdev.Device. It uses Write Zeroes with leave to deallocate: a
@@ -203,7 +212,7 @@ func (d *Device) zeroBlocks(start, end int64) error {
 			cmd.CDW12 |= nvme.CDW12Deallocate
 		}
 		cmd.SetSLBA(uint64(start / d.block))
-		if err := d.h.do(d.s, &cmd, none, nil); err != nil {
+		if err := d.h.do(d, &cmd, none, nil); err != nil {
 			return err
 		}
 		start += n

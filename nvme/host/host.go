@@ -397,11 +397,14 @@ const (
 )
 
 // do runs an I/O command over whatever path lives, again if need be.
-func (h *Host) do(s *shared, cmd *nvme.Command, dir direction, data []byte) error {
+func (h *Host) do(d *Device, cmd *nvme.Command, dir direction, data []byte) error {
 	var deadline time.Time
 	for tries := 0; ; {
-		if s.gone.Load() {
+		if d.s.gone.Load() {
 			return kind.Errorf(kind.NotFound, "nvmeNamespace %d of %s is gone", cmd.NSID, h.c.SubNQN)
+		}
+		if d.closed.Load() {
+			return kind.Errorf(kind.Unavailable, "device of nvmeNamespace %d of %s is closed", cmd.NSID, h.c.SubNQN)
 		}
 		ct := h.live.Load()
 		if ct == nil {
