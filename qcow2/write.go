@@ -258,6 +258,9 @@ func (i *Image) appendHost(runs []clusterRun, entry uint64, keep int64) []cluste
 func (i *Image) fill(p []byte, off int64, r clusterRun, fresh bool, entries []uint64) error {
 	in := off & (i.clusterBytes - 1)
 	host := r.first << i.head.clusterBits
+	if r.n == 1 && in > 0 && in+int64(len(p)) < i.clusterBytes {
+		return i.fillAround(p, off, host, fresh, entries[0])
+	}
 	var bufs [3][]byte
 	list := bufs[:0]
 	if in > 0 {
@@ -286,6 +289,27 @@ func (i *Image) fill(p []byte, off int64, r clusterRun, fresh bool, entries []ui
 		}
 	}
 	return i.file.WriteVec(list, host)
+}
+
+// fillAround is fill for a write inside one cluster, which is what small writes are: the
+// cluster is read as a whole, changed, and written.
+func (i *Image) fillAround(p []byte, off, host int64, fresh bool, entry uint64) error {
+	b := getBuffer(i.head.clusterBits)
+	defer putBuffer(b)
+	whole, in := (*b)[:i.clusterBytes], off&(i.clusterBytes-1)
+	if err := i.readOld(whole, off-in, entry); err != nil {
+		return err
+	}
+	end := in + int64(len(p))
+	from, to := int64(0), i.clusterBytes
+	if fresh && allZero(whole[:in]) {
+		from = in
+	}
+	if fresh && allZero(whole[end:]) {
+		to = end
+	}
+	copy(whole[in:], p)
+	return i.file.WriteAt(whole[from:to], host+from)
 }
 
 // readOld reads what a cluster without data of its own reads as.
