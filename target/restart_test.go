@@ -371,6 +371,69 @@ func TestUnfinished(t *testing.T) {
 	}
 }
 
+// TestUnfinishedExternal kills calls that make lvols over a disk outside: whatever is there
+// afterwards shows that disk.
+func TestUnfinishedExternal(t *testing.T) {
+	root := shortDir(t)
+	disk, parent := file(t, root, "disk", 64*mib), file(t, root, "parent", mib)
+	if err := os.WriteFile(parent, bytes.Repeat([]byte{'p'}, mib), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l := spawn(t, root, true)
+	l.call("bdev_aio_create", `{"name":"parent","filename":%q,"block_size":512,"readonly":true}`, parent)
+	l.call("bdev_aio_create", `{"name":"aio0","filename":%q,"block_size":512}`, disk)
+	l.call("bdev_lvol_create_lvstore", `{"bdev_name":"aio0","lvs_name":"lvs","cluster_sz":16384}`)
+	port := freePort(t)
+	l.export(port)
+	rounds := 25
+	if testing.Short() {
+		rounds = 5
+	}
+	for range rounds {
+		done := make(chan struct{})
+		victim := l
+		go func() {
+			defer close(done)
+			for {
+				for _, c := range [][2]string{
+					{"bdev_lvol_clone_bdev", `{"bdev":"parent","lvs_name":"lvs","clone_name":"c"}`},
+					{"bdev_lvol_snapshot", `{"lvol_name":"lvs/c","snapshot_name":"s"}`},
+					{"bdev_lvol_clone", `{"snapshot_name":"lvs/s","clone_name":"d"}`},
+					{"bdev_lvol_delete", `{"name":"lvs/c"}`},
+					{"bdev_lvol_delete", `{"name":"lvs/s"}`},
+					{"bdev_lvol_inflate", `{"name":"lvs/d"}`},
+					{"bdev_lvol_delete", `{"name":"lvs/d"}`},
+				} {
+					_, err := victim.try(c[0], c[1])
+					var e *rpc.Error
+					if err != nil && !errors.As(err, &e) {
+						return
+					}
+				}
+			}
+		}()
+		time.Sleep(time.Duration(rand.Int64N(int64(60 * time.Millisecond))))
+		l.kill()
+		<-done
+		l = spawn(t, root, true)
+		eventually(t, "the listener is back", func() bool { return strings.Contains(l.answer("nvmf_get_subsystems", ""), port) })
+		var list []struct{ Alias string }
+		l.into(&list, "bdev_lvol_get_lvols", "")
+		h := connect(t, port)
+		for i, v := range list {
+			l.call("nvmf_subsystem_add_ns", `{"nqn":%q,"namespace":{"bdev_name":%q,"nsid":%d}}`, nqn, v.Alias, i+1)
+			eventually(t, "the host sees it", func() bool { _, err := h.Open(uint32(i + 1)); return err == nil })
+			d, err := h.Open(uint32(i + 1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			expect(t, d, 0, mib, 'p')
+			l.call("nvmf_subsystem_remove_ns", `{"nqn":%q,"nsid":%d}`, nqn, i+1)
+		}
+		h.Close()
+	}
+}
+
 // TestSecond refuses a second target in the same directory.
 func TestSecond(t *testing.T) {
 	l := start(t, target.Options{})

@@ -13,7 +13,8 @@ import (
 	"github.com/thaw-project/thaw/kind"
 )
 
-// maxAnswerBytes bounds what Call reads: SPDK sends at most 32 MiB.
+// maxAnswerBytes bounds what Call reads, and about what a batch is answered with: SPDK
+// sends at most 32 MiB.
 const maxAnswerBytes = 32 << 20
 
 // Call sends one request to the server at the socket and returns the result. An answer

@@ -118,7 +118,13 @@ func decodeValue(raw json.RawMessage, v reflect.Value) error {
 		if raw[0] != '"' {
 			return fmt.Errorf("not a string")
 		}
-		return json.Unmarshal(raw, v.Addr().Interface())
+		if err := json.Unmarshal(raw, v.Addr().Interface()); err != nil {
+			return err
+		}
+		if strings.Contains(v.String(), "\x00") { // as SPDK, whose strings end there
+			return fmt.Errorf("has a zero byte")
+		}
+		return nil
 	case reflect.Bool:
 		if raw[0] != 't' && raw[0] != 'f' {
 			return fmt.Errorf("not a boolean")

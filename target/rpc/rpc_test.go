@@ -140,6 +140,24 @@ func TestDeepest(t *testing.T) {
 	}
 }
 
+// TestBatchBound sends a batch whose answers are more than anybody wants.
+func TestBatchBound(t *testing.T) {
+	calls := 0
+	big := strings.Repeat("x", 1<<20)
+	path := serve(t, Options{Methods: map[string]Method{"big": {Handle: func(context.Context, json.RawMessage) (any, error) { calls++; return big, nil }}}})
+	got := exchange(t, path, "["+strings.Repeat(`{"id":1,"method":"big"},`, 99)+`{"id":1,"method":"big"}]`)
+	var list []struct {
+		Result string
+		Error  *Error
+	}
+	if err := json.Unmarshal([]byte(got), &list); err != nil || len(list) != 100 {
+		t.Fatalf("%d answers, %v", len(list), err)
+	}
+	if calls > 33 || len(got) > 40<<20 || list[99].Error == nil || list[0].Error != nil {
+		t.Errorf("%d calls, %d bytes, the last is %v", calls, len(got), list[99].Error)
+	}
+}
+
 // TestSlow has a client that stops in the middle of a request, one that does not read
 // its answers, and one that is idle: the first two go, the last stays.
 func TestSlow(t *testing.T) {
@@ -282,6 +300,7 @@ func TestDecode(t *testing.T) {
 		{`{}`, `parameter "name": missing`},
 		{`[]`, "not an object"},
 		{`{"name":null}`, `parameter "name": not a string`},
+		{`{"name":"a\u0000b"}`, `parameter "name": has a zero byte`},
 		{`{"name":"a","size":"1"}`, `parameter "size": not a natural number of 64 bits`},
 		{`{"name":"a","size":1.5}`, `parameter "size": not a natural number of 64 bits`},
 		{`{"name":"a","size":-1}`, `parameter "size": not a natural number of 64 bits`},

@@ -10,9 +10,9 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/thaw-project/thaw/kind"
@@ -81,27 +81,48 @@ func Listen(path string) (net.Listener, error) {
 			return nil, fmt.Errorf("listen on %s: %w", path, err)
 		}
 	}
-	// Made under another name, so that it never exists with wider rights. The kernel
-	// knows the socket by inode; the name of the listener's file may change.
-	temp := fmt.Sprintf("%s.%d", path, os.Getpid())
-	os.Remove(temp)
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temp, Net: "unix"})
+	l, err := listenPrivately(path)
 	if err != nil {
-		if errors.Is(err, syscall.EINVAL) {
-			err = kind.Errorf(kind.Invalid, "%w: a socket's path has at most 107 bytes", err)
-		}
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
-	}
-	l.SetUnlinkOnClose(false)
-	if err = os.Chmod(temp, 0o600); err == nil {
-		err = os.Rename(temp, path)
-	}
-	if err != nil {
-		l.Close()
-		os.Remove(temp)
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
 	return &named{Listener: l, path: path}, nil
+}
+
+// maxPathBytes is what fits into a sockaddr_un.
+const maxPathBytes = 107
+
+// listenPrivately makes the socket in a directory that nobody else can enter and moves it
+// to path with its final rights: it never exists with wider ones. The kernel knows a
+// socket by its inode.
+func listenPrivately(path string) (net.Listener, error) {
+	if len(path) > maxPathBytes {
+		return nil, kind.Errorf(kind.Invalid, "a socket's path has at most %d bytes", maxPathBytes)
+	}
+	dir, err := os.MkdirTemp(filepath.Dir(path), ".socket-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	// By way of the descriptor, since the directory's own path may be too long.
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: fmt.Sprintf("/proc/self/fd/%d/s", d.Fd()), Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	made := filepath.Join(dir, "s")
+	if err = os.Chmod(made, 0o600); err == nil {
+		err = os.Rename(made, path)
+	}
+	if err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
 }
 
 // named removes the socket with the listener.
@@ -278,7 +299,10 @@ func (c *conn) answer(raw json.RawMessage) []byte {
 		}
 		var out bytes.Buffer
 		for _, r := range list {
-			a := c.single(r)
+			a := tooMuch
+			if out.Len() < maxAnswerBytes {
+				a = c.single(r)
+			}
 			if a == nil {
 				continue
 			}
@@ -297,6 +321,10 @@ func (c *conn) answer(raw json.RawMessage) []byte {
 	}
 	return reply(nil, nil, errInvalidRequest)
 }
+
+// tooMuch answers the requests of a batch whose answers have become too many bytes: they
+// are not carried out.
+var tooMuch = reply(nil, nil, Internal("", nil))
 
 var (
 	errInvalidRequest = &Error{Code: CodeInvalidRequest, Message: "Invalid request"}
