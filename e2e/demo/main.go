@@ -1,6 +1,6 @@
 // Command demo shows on this machine what Thaw is for: the same image started cold by
-// containerd's overlayfs and by Thaw, in both image modes, with the registry behind a
-// 1 Gbit link, and how long each step took.
+// containerd's overlayfs and by Thaw, in both image modes, with the registry and the
+// store of images each behind a 1 Gbit link, and how long each step took.
 //
 // It runs everything in folders of its own and takes it away at the end.
 package main
@@ -54,7 +54,7 @@ type options struct {
 func main() {
 	var o options
 	flag.StringVar(&o.image, "image", os.Getenv("IMAGE"), "reference of an image to use instead of building one; it must answer HTTP on $PORT")
-	flag.StringVar(&o.rate, "rate", "1gbit", "rate of the registry's link, as tc spells it")
+	flag.StringVar(&o.rate, "rate", "1gbit", "rate of the links to registry and store, as tc spells it")
 	flag.StringVar(&o.out, "out", "out/demo.json", "file for the figures")
 	flag.StringVar(&o.cache, "cache", "out/cache", "folder for built image layers")
 	flag.BoolVar(&o.all, "all", false, "all four combinations of mode and file system, not only each mode's default")
@@ -105,7 +105,9 @@ type demo struct {
 	o        options
 	link     *lab.Link
 	registry *lab.Registry
-	thaw     *lab.Thaw
+	port     *lab.Port // the node's place in the store's network
+	store    *lab.Thaw
+	thaw     *lab.Thaw // the node
 	source   string
 	variants []variant
 	number   int
@@ -131,14 +133,14 @@ func (d *demo) prepare(ctx context.Context) error {
 	}
 	fmt.Printf("%d layers, %.0f MB compressed, %.0f MB unpacked\n", len(layers), float64(compressed)/1e6, float64(unpacked)/1e6)
 
-	say("Starting a registry behind a link of %s, and thaw server", d.o.rate)
+	say("Starting a registry behind a link of %s", d.o.rate)
 	if d.link, err = d.lab.NewLink(d.o.rate); err != nil {
 		return err
 	}
 	if d.registry, err = d.lab.StartRegistry(ctx, lab.RegistryOptions{Behind: d.link}); err != nil {
 		return err
 	}
-	if d.thaw, err = d.lab.StartThaw(ctx); err != nil {
+	if err := d.startThaw(ctx); err != nil {
 		return err
 	}
 	d.source = d.registry.Ref("demo/app", "1")
@@ -150,7 +152,7 @@ func (d *demo) prepare(ctx context.Context) error {
 		d.variants = []variant{{"overlayfs", "erofs"}, {"overlayfs", "ext4"}, {"overlaybd", "ext4"}, {"overlaybd", "erofs"}}
 	}
 	for i, v := range d.variants {
-		converted, err := d.thaw.Convert(ctx, d.source, d.reference(v), v.mode, v.filesystem)
+		converted, err := d.store.Convert(ctx, d.source, d.reference(v), v.mode, v.filesystem)
 		if err != nil {
 			return err
 		}
@@ -164,8 +166,68 @@ func (d *demo) prepare(ctx context.Context) error {
 			}
 		}
 	}
-	d.print(d.thaw.Command(ctx, "lvol", "list"), "")
+	d.print(d.store.Command(ctx, "lvol", "list"), "")
 	return nil
+}
+
+// startThaw starts a store and a node in networks of their own, joined by a link.
+func (d *demo) startThaw(ctx context.Context) error {
+	say("Starting a store, and a node behind a link of %s to it", d.o.rate)
+	star, err := d.lab.NewStar()
+	if err != nil {
+		return err
+	}
+	if d.port, err = star.Add(d.o.rate); err != nil {
+		return err
+	}
+	ca, err := d.lab.Path("certificates", "ca")
+	if err != nil {
+		return err
+	}
+	d.print(d.lab.Command(ctx, "thaw", "certificate", "authority", "--out", ca), "")
+	dir := filepath.Dir(ca)
+	d.print(d.lab.Command(ctx, "thaw", "certificate", "issue", "--ca", ca, "--node", "store", "--address", star.Host, "--out", dir), "")
+	d.print(d.lab.Command(ctx, "thaw", "certificate", "issue", "--ca", ca, "--node", "node", "--out", dir), "")
+	if d.store, err = d.lab.StartThawWith(ctx, lab.ThawOptions{
+		StoreOnly: true, Network: star.Enter(), Config: fmt.Sprintf(storeConfig, star.Host, star.Host, dir, dir, dir),
+	}); err != nil {
+		return err
+	}
+	d.thaw, err = d.lab.StartThawWith(ctx, lab.ThawOptions{
+		NodeOnly: true, Network: d.port.Enter(), Config: fmt.Sprintf(nodeConfig, star.Host, dir, dir, dir),
+	})
+	return err
+}
+
+// The node has its cache, as by default. It finds nothing in it: no two rows share blocks.
+const (
+	storeConfig = `roles = ["store"]
+target = "demo-store"
+[export]
+nvme_tcp = ["%s:4420"]
+attacher = "%s:7443"
+certificate = "%s/store.crt"
+key = "%s/store.key"
+client_ca = "%s/ca.crt"
+`
+	nodeConfig = `roles = ["node"]
+[[remote]]
+name = "demo-store"
+attacher = "%s:7443"
+certificate = "%s/node.crt"
+key = "%s/node.key"
+ca = "%s/ca.crt"
+`
+)
+
+// linkBytes is what came over both links to where containers run.
+func (d *demo) linkBytes() (int64, error) {
+	fromRegistry, err := d.link.Bytes()
+	if err != nil {
+		return 0, err
+	}
+	fromStore, _, err := d.port.Bytes()
+	return fromRegistry + fromStore, err
 }
 
 func (d *demo) reference(v variant) string {
@@ -241,7 +303,7 @@ func (d *demo) coldStart(ctx context.Context, snapshotter, ref string, v variant
 	if err := lab.DropCaches(); err != nil {
 		return row, fmt.Errorf("drop the page cache: %w", err)
 	}
-	before, err := d.link.Bytes()
+	before, err := d.linkBytes()
 	if err != nil {
 		return row, err
 	}
@@ -261,7 +323,7 @@ func (d *demo) coldStart(ctx context.Context, snapshotter, ref string, v variant
 	if err != nil {
 		return row, err
 	}
-	after, err := d.link.Bytes()
+	after, err := d.linkBytes()
 	if err != nil {
 		return row, err
 	}
@@ -301,7 +363,7 @@ func (d *demo) print(cmd *exec.Cmd, match string) {
 }
 
 func (d *demo) table(rows []Row) {
-	say("Cold start, registry behind %s", d.o.rate)
+	say("Cold start, registry and store behind %s", d.o.rate)
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(w, "runtime\tmode\tfile system\tpull s\tcreate s\tready s\ttotal s\tof overlayfs\tlink MB\t")
 	for _, r := range rows {
@@ -311,10 +373,12 @@ func (d *demo) table(rows []Row) {
 	w.Flush()
 	fmt.Print(`
 "pull" is the pull with unpacking, "create" the container and its mounts, "ready" from
-start to the first HTTP answer, "link" what came over the registry's link.
+start to the first HTTP answer, "link" what came over the links, headers included: from
+the registry, and with Thaw from the store, by NVMe/TCP.
 
-In this setup the store is on this same machine: Thaw reads its blocks from the local
-disk (page cache dropped before each start), not over a network. The image was
+Store and node are processes in network namespaces of their own on this one machine. The
+page cache is dropped before each start, and no row finds anything of its image in the
+node's own cache. The image was
 converted once, beforehand; that time is printed above and is not in the table.
 `)
 }
