@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -42,6 +43,7 @@ type netPattern struct {
 	depth      int
 	write      bool
 	sequential bool
+	time       time.Duration // netTime if 0
 }
 
 var netPatterns = []netPattern{
@@ -269,11 +271,12 @@ func (b *bench) measureIdle(ctx context.Context, k subjectKind) (_ sample, err e
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
-	c, err := b.startClient(ctx, k, netPattern{bytes: 4 << 10}, s.address, k.name+".idle")
+	const idleTime = 3 * time.Second // it is looked at long after the host was busy
+	c, err := b.startClient(ctx, k, netPattern{bytes: 4 << 10, time: idleTime}, s.address, k.name+".idle")
 	if err != nil {
 		return nil, err
 	}
-	during, err := windowOf(s.pid(), c.command.Process.Pid, netTime+ramp)
+	during, err := windowOf(s.pid(), c.command.Process.Pid, idleTime)
 	_, failed := c.wait()
 	return sample{"cpu": during.server.cpuSeconds / during.seconds}, errors.Join(failed, err)
 }
@@ -394,7 +397,7 @@ func (b *bench) startClient(ctx context.Context, k subjectKind, p netPattern, ad
 			return nil, err
 		}
 		args = slices.Concat([]string{self, "load", "-portal", address, "-bytes", strconv.Itoa(p.bytes), "-depth", strconv.Itoa(p.depth),
-			fmt.Sprintf("-write=%t", p.write), fmt.Sprintf("-sequential=%t", p.sequential), "-time", netTime.String()}, b.profile("client."+tag))
+			fmt.Sprintf("-write=%t", p.write), fmt.Sprintf("-sequential=%t", p.sequential), "-time", cmp.Or(p.time, netTime).String()}, b.profile("client."+tag))
 	}
 	c.command = b.lab.Command(ctx, "taskset", append([]string{"-c", clientCPU}, args...)...)
 	c.command.Stdout, c.command.Stderr = &c.out, &c.log

@@ -464,12 +464,17 @@ func TestHostile(t *testing.T) {
 	huge.write(binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64(nil, nbd.MagicOption), 99), 1<<31))
 	rude := dialRaw(t, socket).goTo("d")
 	rude.write(bytes.Repeat([]byte("GET / "), 100))
+	halfClosed := dialRaw(t, socket).goTo("d") // sends no more, in the middle of a request
+	halfClosed.write(request(nbd.Request{Type: nbd.CmdRead, Length: 512}, false)[:11])
+	if err := halfClosed.Conn.(*net.UnixConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
 	for i := range 20 {
 		if e := good.simple(nbd.Request{Type: nbd.CmdWrite, Offset: uint64(i * 512), Length: 512}, make([]byte, 512)...); e != 0 {
 			t.Fatal(e)
 		}
 	}
-	for _, r := range []*raw{silent, header, payload, options, huge, rude} {
+	for _, r := range []*raw{silent, header, payload, options, huge, rude, halfClosed} {
 		r.gone()
 	}
 	// The deaf one gets what was under way, and then nothing more.
@@ -477,8 +482,8 @@ func TestHostile(t *testing.T) {
 	if n, err := io.Copy(io.Discard, deaf); n >= 64<<20 || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("the deaf peer was served %d bytes, %v", n, err)
 	}
-	if n := s.Stats().Violations.Load(); n != 7 {
-		t.Errorf("%d violations, want 7", n)
+	if n := s.Stats().Violations.Load(); n != 8 {
+		t.Errorf("%d violations, want 8", n)
 	}
 	if e := good.simple(nbd.Request{Type: nbd.CmdFlush}); e != 0 {
 		t.Fatal(e)

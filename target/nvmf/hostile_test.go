@@ -158,7 +158,15 @@ func TestSlow(t *testing.T) {
 			}
 		}
 	}()
-	for _, p := range []*peer{silent, half, unconnected, header, payload, r2t, kato} {
+	// Peers that say no more: between commands, and in the middle of one.
+	closed, broken := q(), q()
+	broken.write(broken.capsule(rw(nvme.OpRead, nsid, 0, 1, nvme.SGLTransport), nil)[:30])
+	for _, p := range []*peer{closed, broken} {
+		if err := p.nc.(*net.TCPConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, p := range []*peer{silent, half, unconnected, header, payload, r2t, kato, closed, broken} {
 		p.gone()
 		gq.status(nvme.Success, "read beside slow peers", rw(nvme.OpRead, nsid, 0, 8, nvme.SGLTransport), nil)
 	}
