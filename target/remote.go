@@ -379,6 +379,7 @@ func (r *remote) add(n host.NvmeNamespace) {
 			r.disks[n.NSID] = d
 			return
 		}
+		dev.Close()
 	}
 	// With SPDK too: an nvmeNamespace whose UUID some bdev has already, as when a target
 	// attaches what it exports itself, becomes no bdev, and attaching it is no error.
@@ -579,13 +580,26 @@ func (t *Target) getControllers(params json.RawMessage) (any, error) {
 // remoteDisk is an nvmeNamespace.
 type remoteDisk struct {
 	r   *remote
-	dev *host.Device
+	dev *host.Device // for what it says of itself
 }
 
-func (d *remoteDisk) open() (bdev.Device, error) { return d.dev, nil } // its Close does nothing
-func (d *remoteDisk) sizeBytes() int64           { return d.dev.SizeBytes() }
-func (d *remoteDisk) readOnly() bool             { return d.dev.ReadOnly() }
-func (d *remoteDisk) close() error               { return nil }
+// open opens the nvmeNamespace once more: closing a device ends what waits for it.
+func (d *remoteDisk) open() (bdev.Device, error) {
+	own := d.dev.Info()
+	dev, err := d.r.h.Open(own.NSID)
+	if err != nil {
+		return nil, err
+	}
+	if dev.Info().UUID != own.UUID {
+		dev.Close()
+		return nil, kind.Errorf(kind.NotFound, "nvmeNamespace %d is another disk by now", own.NSID)
+	}
+	return dev, nil
+}
+
+func (d *remoteDisk) sizeBytes() int64 { return d.dev.SizeBytes() }
+func (d *remoteDisk) readOnly() bool   { return d.dev.ReadOnly() }
+func (d *remoteDisk) close() error     { return d.dev.Close() }
 
 func (d *remoteDisk) supports() ioSupport {
 	return ioSupport{unmap: true, flush: true, writeZeroes: true}
