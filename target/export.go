@@ -64,6 +64,11 @@ type transport struct {
 	NoSRQ         bool    `json:"no_srq,omitempty"`
 	AcceptBacklog uint32  `json:"acceptor_backlog,omitempty"`
 	NoWRBatching  bool    `json:"no_wr_batching,omitempty"`
+	KAS           uint32  `json:"kas,omitempty"`
+	MinKATO       uint32  `json:"min_kato,omitempty"`
+	NoBAR0        bool    `json:"disable_mappable_bar0,omitempty"`
+	NoAdaptiveIRQ bool    `json:"disable_adaptive_irq,omitempty"`
+	NoShadow      bool    `json:"disable_shadow_doorbells,omitempty"`
 	CQESize       uint32  `json:"num_cqe,omitempty"`
 	Target        string  `json:"tgt_name,omitempty"`
 }
@@ -307,6 +312,18 @@ func (t *Target) subsystem(nqn string) *nvmf.SubsystemInfo {
 	return nil
 }
 
+// listeners are the addresses of a subsystem or of discovery; none when there is no such
+// subsystem.
+func (t *Target) listeners(nqn string) []string {
+	if nqn == nvme.DiscoveryNQN {
+		return t.nvmf.DiscoveryListeners()
+	}
+	if s := t.subsystem(nqn); s != nil {
+		return s.Listeners
+	}
+	return nil
+}
+
 // address is SPDK's transport identifier.
 type address struct {
 	Type    string `json:"trtype"`
@@ -394,7 +411,11 @@ func (t *Target) getSubsystems(params json.RawMessage) (any, error) {
 	t.mu.RUnlock()
 	list := []subsystemInfo{}
 	if p.NQN == "" || p.NQN == nvme.DiscoveryNQN {
-		list = append(list, subsystemInfo{NQN: nvme.DiscoveryNQN, Subtype: "Discovery", Listeners: []address{}, AllowAnyHost: true, Hosts: []nqnInfo{}})
+		d := subsystemInfo{NQN: nvme.DiscoveryNQN, Subtype: "Discovery", Listeners: []address{}, AllowAnyHost: true, Hosts: []nqnInfo{}}
+		for _, a := range tg.DiscoveryListeners() {
+			d.Listeners = append(d.Listeners, addressOf(a))
+		}
+		list = append(list, d)
 	}
 	for _, s := range tg.Subsystems() {
 		if p.NQN == "" || p.NQN == s.NQN {
@@ -624,8 +645,7 @@ func (t *Target) removeListener(params json.RawMessage) (any, error) {
 	if err != nil {
 		return nil, rpc.InvalidParams(err)
 	}
-	s := t.subsystem(p.NQN)
-	if (s == nil || !slices.Contains(s.Listeners, hostPort)) && !t.isPending(classListener, p.NQN, hostPort) {
+	if !slices.Contains(t.listeners(p.NQN), hostPort) && !t.isPending(classListener, p.NQN, hostPort) {
 		return nil, rpc.InvalidParams(kind.Errorf(kind.NotFound, "%.223q does not listen at %s", p.NQN, hostPort))
 	}
 	if err := t.forget(classListener, p.NQN, hostPort); err != nil {

@@ -152,6 +152,24 @@ func TestData(t *testing.T) {
 	}
 }
 
+// TestDiscovery asks discovery at an address of its own.
+func TestDiscovery(t *testing.T) {
+	l := start(t, target.Options{})
+	port, other := freePort(t), freePort(t)
+	l.export(port)
+	l.call("nvmf_subsystem_add_listener", `{"nqn":"nqn.2014-08.org.nvmexpress.discovery","listen_address":{"trtype":"TCP","traddr":"127.0.0.1","trsvcid":%q}}`, other)
+	for _, p := range []string{port, other} {
+		list, err := host.Discover(t.Context(), "127.0.0.1:"+p, host.Config{})
+		if err != nil || len(list) != 1 || list[0].SubNQN != nqn || list[0].Service != port {
+			t.Errorf("discovery at %s: %+v %v", p, list, err)
+		}
+	}
+	// The subsystem itself is not to be had there.
+	if _, err := host.Connect(t.Context(), host.Config{Portals: []string{"127.0.0.1:" + other}, SubNQN: nqn}); err == nil {
+		t.Error("connected at discovery's address")
+	}
+}
+
 // TestManyNodes exports one read-only lvol by many subsystems, and refuses a second
 // export of one that can be written.
 func TestManyNodes(t *testing.T) {

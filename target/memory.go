@@ -23,8 +23,15 @@ type memoryParams struct {
 	NumBlocks uint64 `json:"num_blocks"`
 	BlockSize uint32 `json:"block_size"`
 	UUID      string `json:"uuid,omitempty"`
-	// Accepted since SPDK's rpc.py sends it; only 0 has a meaning here.
+	// Hints that mean nothing here.
 	OptimalIOBoundary uint32 `json:"optimal_io_boundary,omitempty"`
+	PhysicalBlock     uint32 `json:"physical_block_size,omitempty"`
+	// Metadata and protection information, which no disk here has.
+	MDSize       uint32 `json:"md_size,omitempty"`
+	MDInterleave bool   `json:"md_interleave,omitempty"`
+	DIFType      uint32 `json:"dif_type,omitempty"`
+	DIFHead      bool   `json:"dif_is_head_of_md,omitempty"`
+	DIFFormat    uint32 `json:"dif_pi_format,omitempty"`
 }
 
 func (t *Target) createMemory(params json.RawMessage) (any, error) {
@@ -38,6 +45,9 @@ func (t *Target) createMemory(params json.RawMessage) (any, error) {
 	}
 	if p.NumBlocks == 0 || p.BlockSize < 512 || p.BlockSize > 64<<10 || p.BlockSize&(p.BlockSize-1) != 0 {
 		return nil, rpc.Errno(syscall.EINVAL, kind.Errorf(kind.Invalid, "malloc bdev of %d blocks of %d bytes: there must be some, of a power of two from 512 to 64 KiB", p.NumBlocks, p.BlockSize))
+	}
+	if p.MDSize != 0 || p.DIFType != 0 {
+		return nil, rpc.Errno(syscall.EINVAL, kind.Errorf(kind.Unsupported, "malloc bdev with metadata or protection information"))
 	}
 	if p.NumBlocks > math.MaxInt64/uint64(p.BlockSize) || int64(p.NumBlocks)*int64(p.BlockSize) > t.o.MallocBytes-t.memory {
 		return nil, rpc.Errno(syscall.ENOMEM, kind.Errorf(kind.NoSpace, "malloc bdev of %d blocks of %d bytes: of %d bytes for such bdevs %d are in use", p.NumBlocks, p.BlockSize, t.o.MallocBytes, t.memory))

@@ -454,8 +454,8 @@ type listener struct {
 	users   int    // subsystems, guarded by Target.mu
 }
 
-// AddListener makes the subsystem reachable at an address, which several subsystems
-// may share, and returns the address with the port that was taken. Errors are
+// AddListener makes the subsystem, or discovery by its NQN, reachable at an address,
+// which several subsystems may share, and returns the address with the port that was taken. Errors are
 // kind.NotFound, kind.Invalid, kind.Exists and those of listening.
 func (t *Target) AddListener(nqn string, lc ListenerConfig) (string, error) {
 	var err error
@@ -467,7 +467,7 @@ func (t *Target) AddListener(nqn string, lc ListenerConfig) (string, error) {
 			return "", err
 		}
 	}
-	s, err := t.subsystem(nqn)
+	s, err := t.reachable(nqn)
 	if err != nil {
 		return "", err
 	}
@@ -515,7 +515,7 @@ func canonical(address string) (string, error) {
 // returned it, and drops the controllers that came that way. The error is
 // kind.NotFound.
 func (t *Target) RemoveListener(nqn, address string) error {
-	s, err := t.subsystem(nqn)
+	s, err := t.reachable(nqn)
 	if err != nil {
 		return err
 	}
