@@ -2,11 +2,13 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"runtime/metrics"
 	"runtime/pprof"
@@ -17,7 +19,9 @@ import (
 
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/lvol"
+	"github.com/thaw-project/thaw/nvme/host"
 	"github.com/thaw-project/thaw/qcow2"
+	"github.com/thaw-project/thaw/target"
 	"github.com/thaw-project/thaw/target/bdev"
 	"github.com/thaw-project/thaw/target/engine"
 	"github.com/thaw-project/thaw/target/malloc"
@@ -33,8 +37,8 @@ type serverStats struct {
 	Allocations uint64 // objects allocated since its start
 }
 
-// serve is the program "bench serve": one of our targets with one device, in a
-// process of its own. It prints where it listens, answers each line of its standard
+// serve is the program "bench serve": one of our targets with one device, in a process
+// of its own that can say what it allocates. It prints where it listens, answers each line of its standard
 // input with its stats, and ends with it.
 func serve(args []string) (err error) {
 	f := flag.NewFlagSet("serve", flag.ContinueOnError)
@@ -50,16 +54,24 @@ func serve(args []string) (err error) {
 	if err != nil {
 		return err
 	}
-	dev, done, err := openDevice(*device)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, done()) }()
 	stop, err := profileTo(*profile)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, stop()) }()
+	if what, rest, _ := strings.Cut(*device, ":"); *protocol == "nvmf" && (what == "file" || what == "memory") {
+		address, done, err := serveTarget(e, what, rest)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, done()) }()
+		return answer(address)
+	}
+	dev, done, err := openDevice(*device)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, done()) }()
 	var address string
 	switch *protocol {
 	case "nvmf":
@@ -92,6 +104,78 @@ func serve(args []string) (err error) {
 	default:
 		return fmt.Errorf("protocol %q", *protocol)
 	}
+	return answer(address)
+}
+
+// serveTarget makes a target as "thaw target" is, told what to do by the same calls,
+// with a file or memory as its only bdev.
+func serveTarget(e engine.Kind, what, rest string) (address string, done func() error, err error) {
+	root, err := os.MkdirTemp("", "thaw-bench-target.")
+	if err != nil {
+		return "", nil, err
+	}
+	t, err := target.New(target.Options{Root: root, Engine: e})
+	if err != nil {
+		return "", nil, errors.Join(err, os.RemoveAll(root))
+	}
+	done = func() error { return errors.Join(t.Close(), os.RemoveAll(root)) }
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, done())
+		}
+	}()
+	// The port is free until somebody else takes it in the next millisecond.
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", nil, err
+	}
+	address = l.Addr().String()
+	l.Close()
+	_, port, _ := net.SplitHostPort(address)
+	create := [2]string{"bdev_aio_create", fmt.Sprintf(`{"name":"d","filename":%q,"block_size":4096}`, rest)}
+	if what == "memory" {
+		n, err := strconv.ParseInt(rest, 10, 64)
+		if err != nil {
+			return "", nil, err
+		}
+		create = [2]string{"bdev_malloc_create", fmt.Sprintf(`{"name":"d","num_blocks":%d,"block_size":4096}`, n>>12)}
+	}
+	methods := t.Methods()
+	for _, call := range [][2]string{create,
+		{"nvmf_create_transport", `{"trtype":"TCP"}`},
+		{"nvmf_create_subsystem", fmt.Sprintf(`{"nqn":%q,"allow_any_host":true}`, benchNQN)},
+		{"nvmf_subsystem_add_ns", fmt.Sprintf(`{"nqn":%q,"namespace":{"bdev_name":"d"}}`, benchNQN)},
+		{"nvmf_subsystem_add_listener", fmt.Sprintf(`{"nqn":%q,"listen_address":{"trtype":"TCP","adrfam":"IPv4","traddr":"127.0.0.1","trsvcid":%q}}`, benchNQN, port)},
+	} {
+		if _, err := methods[call[0]].Handle(context.Background(), json.RawMessage(call[1])); err != nil {
+			return "", nil, fmt.Errorf("%s: %w", call[0], err)
+		}
+	}
+	if what == "memory" {
+		err = fillTarget(address)
+	}
+	return address, done, err
+}
+
+// fillTarget writes the nvmeNamespace of a target, so that reads find pages and not the
+// kernel's one of zeros.
+func fillTarget(address string) error {
+	ctx, cancel := contextTimeout()
+	defer cancel()
+	h, err := host.Connect(ctx, host.Config{Portals: []string{address}, SubNQN: benchNQN})
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	d, err := h.Open(1)
+	if err != nil {
+		return err
+	}
+	return fillBytes(d, d.SizeBytes())
+}
+
+// answer prints where the server listens and answers each line of standard input.
+func answer(address string) error {
 	fmt.Println(address)
 	sample := []metrics.Sample{{Name: "/gc/heap/allocs:objects"}}
 	out := json.NewEncoder(os.Stdout)
