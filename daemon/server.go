@@ -151,7 +151,7 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 		}
 	}
 	if s.config.Store() {
-		if err := s.startStore(); err != nil {
+		if err := s.startStore(registry); err != nil {
 			return err
 		}
 	}

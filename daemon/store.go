@@ -3,6 +3,7 @@ package daemon
 import (
 	"net"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
@@ -14,7 +15,7 @@ import (
 )
 
 // startStore brings up the attacher and, if configured, what serves other machines.
-func (s *Server) startStore() (err error) {
+func (s *Server) startStore(registry *prometheus.Registry) (err error) {
 	o := attacher.Options{
 		Lvols: s.store, Presenter: s.fuse, DBPath: s.config.Paths().AttacherDB, Target: s.config.Target,
 		Logger: s.logger.With("part", "attacher"),
@@ -32,6 +33,7 @@ func (s *Server) startStore() (err error) {
 		}
 		s.onClose("export", s.exporter.Close)
 		o.Exporter = s.exporter
+		registry.MustRegister(exportCollector{s.exporter})
 	}
 	if s.attacher, err = attacher.New(o); err != nil {
 		return err

@@ -145,6 +145,28 @@ func TestRemoteFaults(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), "node-1") {
 			t.Errorf("an image was removed that a node has attached: %s, %v", out, err)
 		}
+		if out, err := c.store.Do(t.Context(), "attachment", "list", "--node", "node-1"); err != nil || !strings.Contains(string(out), "soldier-") {
+			t.Errorf("attachments: %s, %v", out, err)
+		}
+		if out, err := m.thaw.Do(t.Context(), "image", "list"); err == nil || !strings.Contains(err.Error(), "no store") {
+			t.Errorf("images of a node: %s, %v", out, err)
+		}
+		// When nobody uses it any more it can go.
+		if err := errors.Join(container.Delete(t.Context()), m.RemoveImage(t.Context(), dest), m.thaw.WaitNoSnapshots(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+			out, err := c.store.Do(t.Context(), "attachment", "list", "--node", "node-1", "--json")
+			if err == nil && !strings.Contains(string(out), "soldier-") {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("the node lets go of nothing: %s, %v", out, err)
+			}
+		}
+		if out, err := c.store.Do(t.Context(), "image", "remove", dest); err != nil {
+			t.Errorf("remove an image that nobody uses: %s, %v", out, err)
+		}
 	})
 }
 

@@ -239,6 +239,17 @@ func (x *NVMe) Withdraw(e attacher.Export) error {
 	return err
 }
 
+// Attached counts the nodes that have blocks attached, and those blocks, each once for
+// each node.
+func (x *NVMe) Attached() (nodes, blocks int) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, b := range x.devices {
+		blocks += len(b)
+	}
+	return len(x.devices), blocks
+}
+
 // Connections is the number of connections of nodes.
 func (x *NVMe) Connections() int { return x.target.Connections() }
 

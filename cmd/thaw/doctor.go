@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"path/filepath"
 	"strings"
 	"text/tabwriter"
@@ -37,6 +38,9 @@ func newDoctor() *cobra.Command {
 				ContainerdSocket: containerd, Snapshotter: snapshotter,
 				Presentations: presentations, PresentationDetails: details, Force: config.Presentation.Force(),
 			})
+			for _, r := range config.Remote {
+				findings = append(findings, remoteStore(cmd.Context(), r))
+			}
 			err = out.print(cmd.OutOrStdout(), findings, func(w *tabwriter.Writer) {
 				for _, f := range findings {
 					row(w, f.State, f.Check, f.Detail)
@@ -65,4 +69,17 @@ func newDoctor() *cobra.Command {
 	cmd.Flags().StringVar(&containerd, "containerd", "/run/containerd/containerd.sock", "containerd's socket")
 	cmd.Flags().StringVar(&snapshotter, "snapshotter", "thaw", "the snapshotter's name in containerd's configuration")
 	return cmd
+}
+
+// remoteStore tells whether the store on another machine answers.
+func remoteStore(ctx context.Context, r daemon.RemoteConfig) doctor.Finding {
+	f := doctor.Finding{Check: "store " + r.Name, State: doctor.OK}
+	attached, err := daemon.ReachRemote(ctx, r)
+	if err != nil {
+		f.State, f.Detail = doctor.Warn, err.Error()
+		f.Advice = "check remote.attacher, the network, and both ends' certificates; containers that run here wait for it"
+		return f
+	}
+	f.Detail = "at " + r.Attacher + " answers; " + count(attached, "block is attached here", "blocks are attached here")
+	return f
 }

@@ -1,0 +1,26 @@
+package daemon
+
+import (
+	"context"
+	"time"
+
+	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/attacher/rpc"
+)
+
+// reachWait bounds the call that finds out whether a store answers.
+const reachWait = 5 * time.Second
+
+// ReachRemote asks a configured store something harmless, and returns how many blocks this
+// node has attached there.
+func ReachRemote(ctx context.Context, r RemoteConfig) (attached int, err error) {
+	conn, err := rpc.DialTLS(r.Attacher, rpc.Files{Certificate: r.Certificate, Key: r.Key, CA: r.CA})
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, reachWait)
+	defer cancel()
+	list, err := attacherv1.NewNodeClient(conn).ListAttachments(ctx, &attacherv1.ListAttachmentsRequest{})
+	return len(list.GetAttachments()), err
+}
