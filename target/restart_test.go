@@ -312,10 +312,10 @@ func TestPersistMissing(t *testing.T) {
 	}
 	l = spawn(t, root, true)
 	eventually(t, "the listener opens", func() bool { return strings.Contains(l.answer("nvmf_get_subsystems", ""), port) })
+	l.kill()
 	if log := l.log.String(); !strings.Contains(log, "not restored yet") || !strings.Contains(log, "disk") {
 		t.Errorf("the log says nothing of it:\n%s", log)
 	}
-	l.kill()
 }
 
 // TestUnfinished finds what calls left that were killed in the middle.
