@@ -236,26 +236,38 @@ func (b *bench) measure(ctx context.Context, k subjectKind, p netPattern) (_ sam
 	if err != nil {
 		return nil, err
 	}
+	cpuBefore, err := cpuOf(s.pid())
+	if err != nil {
+		return nil, err
+	}
 	c, err := b.startClient(ctx, k, p, s.address, tag)
 	if err != nil {
 		return nil, err
 	}
-	// Threads may end with the connection, so what they used is taken in the middle.
+	// Threads, and what is known of them, may end with the connection: what only they
+	// know, and what a client uses without its start, is taken in the middle.
 	during, err := windowOf(s.pid(), c.command.Process.Pid, netTime+ramp)
 	report, failed := c.wait()
 	if err := errors.Join(failed, err); err != nil {
+		return nil, err
+	}
+	cpuAfter, err := cpuOf(s.pid())
+	if err != nil {
 		return nil, err
 	}
 	after, err := s.allocations()
 	if err != nil {
 		return nil, err
 	}
-	ios := report.IOPS * during.seconds
-	v := sample{"iops": report.IOPS, "p50": report.P50, "p99": report.P99,
-		"cpu": during.server.cpuSeconds / ios * 1e6, "cpu-both": (during.server.cpuSeconds + during.client.cpuSeconds) / ios * 1e6,
-		"switches": during.server.switches / ios}
+	cpu := (cpuAfter - cpuBefore) / report.All * 1e6
+	v := sample{"iops": report.IOPS, "p50": report.P50, "p99": report.P99, "cpu": cpu}
+	if used := during.server.cpuSeconds; used > 0 {
+		// How the server's part relates to the rest is the same whatever else runs.
+		v["cpu-both"] = cpu * (used + during.client.cpuSeconds) / used
+		v["switches"] = during.server.switches / used * cpu / 1e6
+	}
 	if s.stats != nil {
-		v["allocs"] = float64(after-before) / (report.IOPS * (netTime + ramp).Seconds())
+		v["allocs"] = float64(after-before) / report.All
 	}
 	return v, nil
 }
@@ -389,7 +401,7 @@ func (b *bench) startClient(ctx context.Context, k subjectKind, p netPattern, ad
 		mode := map[[2]bool]string{{false, false}: "randread", {true, false}: "randwrite", {false, true}: "read", {true, true}: "write"}[[2]bool{p.write, p.sequential}]
 		args = []string{"fio", "--name=bench", "--ioengine=nbd", "--uri=nbd+unix:///?socket=" + address, "--rw=" + mode,
 			"--bs=" + strconv.Itoa(p.bytes), "--iodepth=" + strconv.Itoa(p.depth), "--size=" + strconv.Itoa(deviceBytes(k)), "--time_based",
-			"--ramp_time=" + strconv.FormatInt(ramp.Milliseconds(), 10) + "ms", "--runtime=" + strconv.FormatInt(netTime.Milliseconds(), 10) + "ms",
+			"--runtime=" + strconv.FormatInt((ramp+netTime).Milliseconds(), 10) + "ms",
 			"--thread=1", "--output-format=json", "--randseed=1", "--norandommap"}
 	} else {
 		self, err := os.Executable()
@@ -426,6 +438,7 @@ func (c *clientRun) wait() (r loadReport, err error) {
 	}
 	type side struct {
 		IOPS    float64                                 `json:"iops"`
+		All     float64                                 `json:"total_ios"`
 		Latency struct{ Percentile map[string]float64 } `json:"clat_ns"`
 	}
 	var report struct {
@@ -444,5 +457,5 @@ func (c *clientRun) wait() (r loadReport, err error) {
 	if c.write {
 		s = report.Jobs[0].Write
 	}
-	return loadReport{s.IOPS, s.Latency.Percentile["50.000000"] / 1e3, s.Latency.Percentile["99.000000"] / 1e3}, nil
+	return loadReport{s.IOPS, s.All, s.Latency.Percentile["50.000000"] / 1e3, s.Latency.Percentile["99.000000"] / 1e3}, nil
 }

@@ -20,6 +20,7 @@ import (
 // loadReport is what "bench load" prints.
 type loadReport struct {
 	IOPS     float64
+	All      float64 // operations, those of the ramp included
 	P50, P99 float64 // us
 }
 
@@ -76,6 +77,7 @@ type loader struct {
 	write, sequential bool
 	places            int64
 	next              atomic.Int64 // of a sequential pattern
+	done              atomic.Int64
 }
 
 func (l *loader) run(depth int, duration time.Duration) (loadReport, error) {
@@ -99,7 +101,7 @@ func (l *loader) run(depth int, duration time.Duration) (loadReport, error) {
 	for i := range times {
 		all.add(&times[i])
 	}
-	return loadReport{float64(all.n) / duration.Seconds(), all.quantile(0.5) / 1e3, all.quantile(0.99) / 1e3}, errors.Join(errs...)
+	return loadReport{float64(all.n) / duration.Seconds(), float64(l.done.Load()), all.quantile(0.5) / 1e3, all.quantile(0.99) / 1e3}, errors.Join(errs...)
 }
 
 func (l *loader) worker(w int, begin, end time.Time, times *histogram) error {
@@ -108,7 +110,9 @@ func (l *loader) worker(w int, begin, end time.Time, times *histogram) error {
 	for i := range p {
 		p[i] = byte(random.Uint32())
 	}
-	for last := time.Now(); last.Before(end); {
+	done := int64(0)
+	defer func() { l.done.Add(done) }()
+	for last := time.Now(); last.Before(end); done++ {
 		place := int64(0)
 		if l.sequential {
 			place = (l.next.Add(1) - 1) % l.places

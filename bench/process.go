@@ -78,3 +78,26 @@ func windowOf(server, client int, run time.Duration) (w window, err error) {
 	s2, c2, end, err := look()
 	return window{end.Sub(begin).Seconds(), s2.minus(s1), c2.minus(c1)}, err
 }
+
+// cpuOf is what a process used since its start, threads that ended included, in seconds.
+// The kernel counts by the nanosecond and tells it in hundredths of a second.
+func cpuOf(pid int) (float64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	// The name of the program, in parentheses, may hold anything.
+	fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
+	if len(fields) < 13 {
+		return 0, fmt.Errorf("/proc/%d/stat: %q", pid, b)
+	}
+	var ticks float64
+	for _, f := range fields[11:13] {
+		n, err := strconv.ParseFloat(f, 64)
+		if err != nil {
+			return 0, fmt.Errorf("/proc/%d/stat: %w", pid, err)
+		}
+		ticks += n
+	}
+	return ticks / 100, nil
+}
