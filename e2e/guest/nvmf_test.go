@@ -249,6 +249,12 @@ func TestTargetKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer func() {
+		if t.Failed() {
+			dmesg, _, err := g.Run(context.WithoutCancel(ctx), "dmesg; "+find+"cat $stat $state; ls /sys/class/nvme/$c; ps axo pid,stat,wchan:32,args | grep -v '\\['")
+			t.Logf("fio said:\n%s\nguest, %v:\n%s", fio.Output(), err, dmesg)
+		}
+	}()
 	written := 0 // sectors
 	for round := range 3 {
 		// Each time some more has been written, so that no round is the same.
