@@ -160,6 +160,17 @@ func TestGuest(t *testing.T) {
 		}
 		g.Must(t, "pkill -x sleep")
 	})
+	t.Run("container", func(t *testing.T) {
+		out := g.Must(t, `mkdir -p /scratch/containerd /scratch/root/bin
+			cp /bin/busybox /scratch/root/bin
+			containerd --root /scratch/containerd >/tmp/containerd.log 2>&1 & pid=$!
+			await 'ctr version >/dev/null 2>&1'
+			ctr run --rm --rootfs --memory-limit 50000000 /scratch/root one /bin/busybox sh -c 'echo hello; cat /proc/self/cgroup'
+			kill $pid; wait || true`)
+		if !strings.Contains(out, "hello\n0::/default/one\n") {
+			t.Errorf("got %q", out)
+		}
+	})
 	// Last, since it ends the guest.
 	t.Run("panic", func(t *testing.T) {
 		_, _, err := g.Run(ctx, "echo c >/proc/sysrq-trigger; sleep 100")
