@@ -423,6 +423,9 @@ func (p *Presenter) show(ctx context.Context, r *record) (drive, error) {
 		if err == nil {
 			err = release()
 		}
+		if errors.Is(err, kind.NotFound) { // the drive, not the block
+			err = kind.Errorf(kind.Unavailable, "it vanished again: %w", err)
+		}
 		if err != nil {
 			return drive{}, fmt.Errorf("make it read-only: %w", err)
 		}
