@@ -32,6 +32,7 @@ type Reader struct {
 
 	// Made once, so that Read allocates nothing.
 	receive func(fd uintptr) bool
+	once    func(fd uintptr) bool
 	again   func() bool
 
 	fd    uintptr // valid while receive runs
@@ -51,6 +52,11 @@ func NewReader(nc net.Conn) *Reader {
 		}
 	}
 	r.receive, r.again = r.tryReceive, r.recv
+	r.once = func(fd uintptr) bool {
+		r.fd = fd
+		r.recv()
+		return true
+	}
 	return r
 }
 
@@ -68,6 +74,28 @@ func (r *Reader) Read(p []byte) (int, error) {
 	switch {
 	case err != nil:
 		return 0, err
+	case r.errno != 0:
+		return 0, r.errno
+	case r.n == 0:
+		return 0, io.EOF
+	}
+	return r.n, nil
+}
+
+// TryRead is Read that does not wait: it returns 0 without an error when nothing is
+// there, and always for what is no plain socket.
+func (r *Reader) TryRead(p []byte) (int, error) {
+	if r.raw == nil || len(p) == 0 {
+		return 0, nil
+	}
+	r.p = p
+	err := r.raw.Read(r.once)
+	r.p = nil
+	switch {
+	case err != nil:
+		return 0, err
+	case r.errno == unix.EAGAIN:
+		return 0, nil
 	case r.errno != 0:
 		return 0, r.errno
 	case r.n == 0:

@@ -188,15 +188,22 @@ func (c *conn) receive() error {
 // fill receives until n bytes are there, n at most arenaBytes. mid tells that a request
 // has begun, so the peer owes the rest.
 func (c *conn) fill(n int, mid bool) error {
-	if err := c.flush(); err != nil {
-		return err
-	}
 	switch {
 	case c.r == c.w:
 		c.r, c.w = 0, 0
 	case len(c.in.b)-c.r < n:
 		c.w = copy(c.in.b, c.in.b[c.r:c.w])
 		c.r = 0
+	}
+	// Replies leave when there is nothing to receive, so that many leave at once.
+	for c.out.end > 0 && c.w-c.r < n {
+		m := c.stream.tryRecv(c.in.b[c.w:])
+		if c.w += m; m > 0 {
+			continue
+		}
+		if err := c.flush(); err != nil {
+			return err
+		}
 	}
 	var deadline time.Time
 	for c.w-c.r < n {

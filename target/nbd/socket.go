@@ -21,6 +21,9 @@ type stream interface {
 	// recv reads at least one byte into p, or returns errIdle when nothing came for
 	// idleWait or a little longer: then call wait.
 	recv(p []byte) (int, error)
+	// tryRecv is recv that does not wait: it returns 0 when nothing is there, or
+	// something is wrong, which recv will tell.
+	tryRecv(p []byte) int
 	// wait returns when recv would not wait, or at the deadline with an error. The
 	// zero time is no deadline. It holds no buffer.
 	wait(deadline time.Time) error
@@ -148,6 +151,14 @@ func (s *socket) recv(p []byte) (int, error) {
 	return s.n, nil
 }
 
+func (s *socket) tryRecv(p []byte) int {
+	n, errno := recvfrom(s.fd, p, unix.MSG_DONTWAIT)
+	if errno != 0 {
+		return 0
+	}
+	return max(n, 0)
+}
+
 func (s *socket) wait(deadline time.Time) error {
 	s.armed = time.Time{}
 	if err := s.conn.SetReadDeadline(deadline); err != nil {
@@ -252,6 +263,8 @@ func (s *plain) recv(p []byte) (int, error) {
 	}
 	return 0, err
 }
+
+func (s *plain) tryRecv([]byte) int { return 0 }
 
 func (s *plain) wait(deadline time.Time) error {
 	if !deadline.IsZero() && time.Now().After(deadline) {

@@ -318,16 +318,26 @@ func (c *conn) fill(need int) error {
 			c.w = copy(c.rbuf, c.rbuf[c.r:c.w])
 			c.r = 0
 		}
-		c.flushBatch()
-		if c.w > c.r {
-			c.partial.Store(c.clock())
-		}
 		end := len(c.rbuf)
 		if c.sips {
 			end = min(end, max(c.w+sip, c.r+need))
 		}
-		n, err := c.in.Read(c.rbuf[c.w:end])
-		c.partial.Store(0)
+		var n int
+		var err error
+		if c.batch != nil && c.batch.n > 0 {
+			// Answers leave when there is nothing to receive, so that many leave at
+			// once.
+			if n, err = c.in.TryRead(c.rbuf[c.w:end]); n == 0 && err == nil {
+				c.flushBatch()
+				continue
+			}
+		} else {
+			if c.w > c.r {
+				c.partial.Store(c.clock())
+			}
+			n, err = c.in.Read(c.rbuf[c.w:end])
+			c.partial.Store(0)
+		}
 		if err != nil {
 			if err == io.EOF && c.w > c.r {
 				return io.ErrUnexpectedEOF
