@@ -1,6 +1,7 @@
 package fabrics
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -99,13 +100,14 @@ func (p Portal) validate() error {
 	return nil
 }
 
-// Timeouts are what the kernel is told for each controller. Each is whole seconds.
+// Timeouts are what the kernel is told for each controller, in seconds, rounded up.
 type Timeouts struct {
 	// ControllerLoss is for how long the kernel tries to reach a target again before it
 	// gives the controller up, and its disks with it; 0 means 30 minutes.
 	ControllerLoss time.Duration
 	// FastIOFail is for how long users of a disk wait for a target that is not there
-	// before they get errors; 0 means 10 minutes. Not above ControllerLoss.
+	// before they get errors; 0 means 10 minutes, or ControllerLoss where that is less. It
+	// must not be above ControllerLoss.
 	FastIOFail time.Duration
 	// KeepAlive is how soon a silent target is taken for gone; 0 means 10 s.
 	KeepAlive time.Duration
@@ -127,15 +129,15 @@ func (t *Timeouts) ensureDefaults() error {
 		set   time.Duration
 	}{
 		{"ControllerLoss", &t.ControllerLoss, 30 * time.Minute},
-		{"FastIOFail", &t.FastIOFail, 10 * time.Minute},
+		{"FastIOFail", &t.FastIOFail, min(10*time.Minute, cmp.Or(t.ControllerLoss, 10*time.Minute))},
 		{"KeepAlive", &t.KeepAlive, 10 * time.Second},
 		{"ReconnectDelay", &t.ReconnectDelay, 2 * time.Second},
 	} {
 		if *f.value == 0 {
 			*f.value = f.set
 		}
-		if *f.value < time.Second || *f.value > 30*24*time.Hour || *f.value%time.Second != 0 {
-			return kind.Errorf(kind.Invalid, "fabrics: %s is %v, must be whole seconds, at most 30 days", f.name, *f.value)
+		if *f.value < time.Second || *f.value > 30*24*time.Hour {
+			return kind.Errorf(kind.Invalid, "fabrics: %s is %v, must be 1 s to 30 days", f.name, *f.value)
 		}
 	}
 	if t.FastIOFail > t.ControllerLoss {
@@ -147,7 +149,7 @@ func (t *Timeouts) ensureDefaults() error {
 // options is what is written to /dev/nvme-fabrics. Everything is explicit: the kernel's
 // defaults differ between versions, and some wait for ever.
 func (s *settings) options(e *Export, p Portal) string {
-	seconds := func(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }
+	seconds := func(d time.Duration) string { return strconv.FormatInt(int64((d+time.Second-1)/time.Second), 10) }
 	o := []string{
 		"transport=" + p.Transport, "traddr=" + p.Address, "trsvcid=" + p.Service,
 		"nqn=" + e.Subsystem, "hostnqn=" + e.HostNQN, "hostid=" + e.HostID,

@@ -37,7 +37,14 @@ func TestOptions(t *testing.T) {
 	if got, want := s.options(&e, e.Portals[0]), "transport=rdma"+common; got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
-	for _, bad := range []Timeouts{{FastIOFail: time.Hour, ControllerLoss: time.Minute}, {KeepAlive: time.Millisecond}, {ReconnectDelay: -1}, {ControllerLoss: 1500 * time.Millisecond}} {
+	short := Timeouts{ControllerLoss: 1500 * time.Millisecond}
+	if err := short.ensureDefaults(); err != nil || short.FastIOFail > short.ControllerLoss {
+		t.Errorf("%+v, %v", short, err)
+	}
+	if got := (&settings{Timeouts: short}).options(&e, e.Portals[0]); !strings.Contains(got, "ctrl_loss_tmo=2,fast_io_fail_tmo=2,") {
+		t.Error(got)
+	}
+	for _, bad := range []Timeouts{{FastIOFail: time.Hour, ControllerLoss: time.Minute}, {KeepAlive: time.Millisecond}, {ReconnectDelay: -1}} {
 		if err := bad.ensureDefaults(); !errors.Is(err, kind.Invalid) {
 			t.Errorf("%+v: %v", bad, err)
 		}
