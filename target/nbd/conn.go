@@ -725,4 +725,6 @@ func (c *conn) cost(req *nbd.Request) *engine.Cost {
 
 // handOff tells whether a request goes to another goroutine: because it will take
 // long, or because the pool serves all.
-func (c *conn) handOff(k *engine.Cost) bool { return c.s.pool != nil || k.Slow(c.s.cfg.slowAfter) }
+func (c *conn) handOff(k *engine.Cost) bool {
+	return c.s.pool != nil || c.s.cfg.hand == handAll || k.Slow() && c.s.cfg.hand == handSlow
+}

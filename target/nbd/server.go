@@ -83,13 +83,22 @@ type Config struct {
 	RequireTLS bool
 	// Engine says where requests run: engine.SharedNothing.
 	Engine engine.Kind
-	// slowAfter is from what mean wait on a request goes to a goroutine of its own:
-	// engine.SlowAfter. Tests set it so that no clock decides.
-	slowAfter time.Duration
+	// hand is which requests go to goroutines of their own: handSlow. Tests set it so
+	// that no clock decides.
+	hand hand
 	// Log gets one line per connection at debug level, and per protocol violation.
 	// Nil discards.
 	Log *slog.Logger
 }
+
+// hand says which requests a reader hands to others.
+type hand uint8
+
+const (
+	handSlow hand = iota
+	handAll
+	handNone
+)
 
 // Export is one device under a name.
 type Export struct {
@@ -156,7 +165,6 @@ func New(cfg Config) *Server {
 	cfg.MaxRequestBytes = cmp.Or(cfg.MaxRequestBytes, 32<<20)
 	cfg.MaxBufferBytes = cmp.Or(cfg.MaxBufferBytes, 128<<20)
 	cfg.HandshakeTimeout = cmp.Or(cfg.HandshakeTimeout, 10*time.Second)
-	cfg.slowAfter = cmp.Or(cfg.slowAfter, engine.SlowAfter)
 	cfg.StallTimeout = cmp.Or(cfg.StallTimeout, 30*time.Second)
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -408,7 +407,7 @@ func (l *lonely) WriteAt(p []byte, off int64) (int, error) {
 func TestOneOwner(t *testing.T) {
 	const connections, size = 4, 1 << 20
 	m := newMemory(connections * size)
-	_, socket := start(t, Config{slowAfter: math.MaxInt64}, Export{Device: &lonely{memory: m, t: t}})
+	_, socket := start(t, Config{hand: handNone}, Export{Device: &lonely{memory: m, t: t}})
 	var wg sync.WaitGroup
 	for c := range connections {
 		r := dialRaw(t, socket).goTo("")
@@ -660,9 +659,9 @@ func TestAllocations(t *testing.T) {
 	if raced {
 		t.Skip("the race detector allocates")
 	}
-	for name, limit := range map[string]time.Duration{"inline": time.Hour, "by goroutine": -1} {
+	for name, way := range map[string]hand{"inline": handNone, "by goroutine": handAll} {
 		m := newMemory(1 << 20)
-		_, socket := start(t, Config{slowAfter: limit}, Export{Device: m})
+		_, socket := start(t, Config{hand: way}, Export{Device: m})
 		r := dialRaw(t, socket).goTo("", nbd.OptStructuredReply)
 		q := request(nbd.Request{Type: nbd.CmdRead, Length: 4096}, false)
 		reply := make([]byte, nbd.ChunkBytes+8+4096)
@@ -755,7 +754,7 @@ func FuzzRequests(f *testing.F) {
 		}
 		c := newConn(s, &handshake{conn: &pipe{r: bytes.NewReader(b)}, export: x, structured: mode&1 != 0, extended: mode&3 == 3, allocation: mode&1 != 0})
 		if mode&4 != 0 { // goroutines from the start
-			s.cfg.slowAfter = -1
+			s.cfg.hand = handAll
 		}
 		c.run()
 		if s.budget.used.Load() != 0 || c.inflight.Load() != 0 {

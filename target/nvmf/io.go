@@ -163,7 +163,7 @@ func (u *use) start(cmd *nvme.Command) engine.Watch {
 // may.
 func (u *use) fast(cmd *nvme.Command) bool {
 	k := &u.costs[operationOf(cmd)]
-	return k.Known() && !k.Slow(engine.SlowAfter)
+	return k.Known() && !k.Slow()
 }
 
 // ioCommand handles a command of an I/O queue.
