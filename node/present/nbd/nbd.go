@@ -52,6 +52,10 @@ type Options struct {
 	StatePath string
 	// Open opens what is behind a disk.
 	Open present.Opener
+	// Interrupt, if set, makes devices that wait for another machine fail at once. Close
+	// calls it when their answers can no longer reach the kernel, which keeps the requests for
+	// the next process.
+	Interrupt func()
 	// Connections of a read-only disk, 1 to 16; 0 means one per CPU, at most 4.
 	Connections int
 	// RequestTimeout is for how long a request may be without an answer before the
@@ -106,6 +110,9 @@ const (
 	usersWait = 2 * time.Second
 	// claimTimeout bounds the look for users itself.
 	claimTimeout = 20 * time.Second
+	// closeGrace is how long Close lets requests at work finish. Those that do not are
+	// sent again to the next process.
+	closeGrace = 2 * time.Second
 	// drainWait bounds how long Withdraw and Close wait for requests at work.
 	drainWait = 30 * time.Second
 	// parallelOpens bounds the devices that are opened at once after a start: enough
@@ -431,6 +438,13 @@ func (p *Presenter) Close() error {
 	p.closed = true
 	p.mu.Unlock()
 	p.cancel()
+	grace, cancel := context.WithTimeout(context.Background(), closeGrace)
+	err := p.server.Shutdown(grace)
+	cancel()
+	// What is still at work has lost its connection.
+	if p.options.Interrupt != nil {
+		p.options.Interrupt()
+	}
 	p.calls.Wait()
 	if p.options.Registerer != nil {
 		p.options.Registerer.Unregister(collector{p})
@@ -439,9 +453,12 @@ func (p *Presenter) Close() error {
 	for _, d := range disks {
 		d.stopLinks()
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), drainWait)
-	defer cancel()
-	errs := []error{p.server.Shutdown(ctx)}
+	if err != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), drainWait)
+		err = p.server.Shutdown(ctx)
+		cancel()
+	}
+	errs := []error{err}
 	for _, d := range disks {
 		errs = append(errs, d.closeDevice(false))
 	}

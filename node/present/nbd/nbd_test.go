@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -232,6 +233,54 @@ func TestNoWriteTakesEffectLate(t *testing.T) {
 	if err := p.Teardown(ctx); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestCloseKeepsRequests: a read waits for another machine when the presenter is closed.
+// The machine's failure must not reach the user, who gets the next process's answer.
+func TestCloseKeepsRequests(t *testing.T) {
+	ctx := context.Background()
+	m, state := newMachine(), filepath.Join(t.TempDir(), "nbd.json")
+	gone := make(chan struct{})
+	began := make(chan struct{}, 10)
+	p := start(t, m, state, func(o *Options) {
+		o.Open = func(s present.Source, readOnly bool) (bdev.Device, error) {
+			d, err := openFile(s, readOnly)
+			return &stuck{d, began, gone}, err
+		}
+		o.Interrupt = func() { close(gone) }
+	})
+	ro, data := image(t, "ro", 1<<20)
+	d, err := p.Present(ctx, "ro", ro, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := make(chan error, 1)
+	got := make([]byte, 4096)
+	go func() { read <- m.do(d.Path, nbd.CmdRead, 0, got) }()
+	<-began
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	p = start(t, m, state)
+	if err := <-read; err != nil || !bytes.Equal(got, data[:4096]) {
+		t.Errorf("the read: %v", err)
+	}
+	if err := p.Teardown(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+// stuck is a device whose reads fail when gone is closed.
+type stuck struct {
+	bdev.Device
+	began chan struct{}
+	gone  chan struct{}
+}
+
+func (s *stuck) ReadAt([]byte, int64) (int, error) {
+	s.began <- struct{}{}
+	<-s.gone
+	return 0, kind.Errorf(kind.Unavailable, "closed")
 }
 
 // TestUsersWaitForTheStore: after a start the store is not there yet.
