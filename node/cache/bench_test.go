@@ -4,7 +4,9 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
+	"time"
 )
 
 const benchBytes = 256 * mib
@@ -123,6 +125,43 @@ func BenchmarkOpen(b *testing.B) {
 				ok(b, err)
 				ok(b, c.Close())
 			}
+		})
+	}
+}
+
+// link is a remote behind a line of that rate and round trip, which one read after the
+// other crosses.
+type link struct {
+	still
+	mu        sync.Mutex
+	free      time.Time // guarded by mu: when the line is free again
+	perByte   time.Duration
+	roundTrip time.Duration
+}
+
+func (l *link) ReadAt(p []byte, _ int64) (int, error) {
+	l.mu.Lock()
+	if now := time.Now(); l.free.Before(now) {
+		l.free = now
+	}
+	l.free = l.free.Add(time.Duration(len(p)) * l.perByte)
+	until := l.free.Add(l.roundTrip)
+	l.mu.Unlock()
+	time.Sleep(time.Until(until))
+	return len(p), nil
+}
+
+// BenchmarkReadAhead reads in sequence, 128 KiB at a time, over 1 Gbit/s and 1 ms.
+func BenchmarkReadAhead(b *testing.B) {
+	for _, u := range []struct {
+		name  string
+		bytes int64
+	}{{"off", -1}, {"on", 0}} {
+		b.Run(u.name, func(b *testing.B) {
+			c := openCache(b, Options{Dir: filepath.Join(b.TempDir(), "cache"), SizeBytes: 32 * mib, ReadAheadBytes: u.bytes})
+			d, err := c.Device(&link{perByte: 8 * time.Nanosecond, roundTrip: time.Millisecond}, Map{Domain: "store", Runs: []Run{{0, still{}.SizeBytes(), true, owner(1)}}})
+			ok(b, err)
+			benchReads(b, at{d, new(int64)}, 128<<10, false)
 		})
 	}
 }

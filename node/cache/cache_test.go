@@ -301,6 +301,22 @@ func TestFullDisk(t *testing.T) {
 	if st := c.Stat(); !st.Paused || st.UsedBytes != 0 || st.DiskErrors < 3 || st.DiskErrors > 10 {
 		t.Errorf("%+v", st)
 	}
+	// While it keeps nothing it fetches what is asked for and no more, in as few reads.
+	_, err := d.ReadAt(make([]byte, 1), 0)
+	ok(t, err)
+	wantFetched := func(part int, calls int64) {
+		t.Helper()
+		bytes0, calls0 := r.bytes.Load(), r.calls.Load()
+		readAll(t, d, r, part)
+		if n := r.bytes.Load() - bytes0; n != 9*mib-r.runs[1].LengthBytes {
+			t.Errorf("in parts of %d: %d bytes fetched past the cache", part, n)
+		}
+		if n := r.calls.Load() - calls0; n > calls {
+			t.Errorf("in parts of %d: %d remote reads, want %d", part, n, calls)
+		}
+	}
+	wantFetched(4096, 6*mib/4096)
+	wantFetched(mib, 6)
 	disks.faults[0].Heal()
 	now.Add(int64(2 * retryInterval))
 	readAll(t, d, r, 64<<10)

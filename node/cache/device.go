@@ -178,6 +178,10 @@ func (d *Device) readKept(p []byte, n int, at int64, k key, stream int) (int, er
 			continue
 		}
 		ref, ok := s.flights[k]
+		if !ok && c.paused() {
+			s.mu.Unlock()
+			return d.pass(p, n, at)
+		}
 		if !ok {
 			f := newFlight()
 			s.flights[k] = flightRef{f: f, n: int(min(int64(c.unit), d.layout.sizeBytes-at+int64(in)))}
@@ -200,6 +204,21 @@ func (d *Device) readKept(p []byte, n int, at int64, k key, stream int) (int, er
 		if ok {
 			return n, nil
 		}
+	}
+	return d.readRemote(p[:n], at)
+}
+
+// pass reads past the cache n bytes of p, which end with their unit unless p does, and
+// those of the units that follow and are not there either.
+func (d *Device) pass(p []byte, n int, at int64) (int, error) {
+	unit := int64(d.c.unit)
+	for n < len(p) {
+		next := at + int64(n)
+		class, k := d.layout.unit(next)
+		if class != classKept || d.c.has(k, int(min(unit, d.layout.sizeBytes-next))) {
+			break
+		}
+		n = min(len(p), n+int(unit))
 	}
 	return d.readRemote(p[:n], at)
 }

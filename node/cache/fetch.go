@@ -128,7 +128,7 @@ func readFull(d bdev.Device, p []byte, off int64) error {
 // first to last, if any, were read by somebody.
 func (c *Cache) keep(k key, data []byte, first, last int) {
 	s := c.shard(k)
-	if until := c.pausedUntil.Load(); until != 0 && c.o.Now().UnixNano() < until {
+	if c.paused() {
 		c.count.skipped.Add(1)
 		c.unclaim(k)
 		return
@@ -186,6 +186,12 @@ func (c *Cache) write(s *shard, i uint32, hasRecord bool, k key, data []byte) er
 	sumBlocks(r.sums, data)
 	r.encode(sc.record, s.number(i))
 	return c.index.WriteAt(sc.record, c.recordAt(s, i))
+}
+
+// paused tells whether there is no use in fetching more than a reader wants.
+func (c *Cache) paused() bool {
+	until := c.pausedUntil.Load()
+	return until != 0 && c.o.Now().UnixNano() < until
 }
 
 // pause lets the disk alone for a while, with one line in the log until it works again.

@@ -375,7 +375,8 @@ func modelRun(t *testing.T, seed uint64) {
 	r := rand.New(rand.NewPCG(seed, 1))
 	unit := int64(4<<10) << (2 * r.IntN(3))
 	size := unit * (16 + r.Int64N(60))
-	if r.IntN(4) == 0 {
+	if r.IntN(4) == 0 { // many shards
+		unit = 4 << 10
 		size = unit * manyShards * groupUnits * 8
 	}
 	w := &world{t: t, r: r, cluster: 4 << 10 << r.IntN(5), disks: newDisks(size, int(unit))}
@@ -402,62 +403,55 @@ func (w *world) clock() time.Time { return time.Unix(0, w.now.Load()+1) }
 // wantSound holds the index to what it must be when nobody reads.
 func wantSound(t *testing.T, c *Cache) {
 	t.Helper()
+	idle(c)
 	for n, s := range c.shards {
-		idle(c)
-		s.mu.Lock()
-		seen := make([]uint8, len(s.slots))
-		walk := func(q *fifo, name string) {
-			i := q.head
-			for range q.n {
-				if seen[i]++; seen[i] > 1 {
-					t.Fatalf("shard %d: slot %d is in two lists, or twice in %s", n, i, name)
-				}
-				i = s.slots[i].link
-			}
+		if err := s.sound(); err != nil {
+			t.Fatalf("shard %d: %v", n, err)
 		}
-		walk(&s.free, "free")
-		walk(&s.small, "small")
-		walk(&s.main, "main")
-		valid, total := 0, int64(0)
-		for i, e := range s.slots {
-			lists := uint8(1)
-			if uint32(i) >= s.fresh {
-				lists = 0
-			}
-			if seen[i] != lists || e.readers != 0 {
-				t.Fatalf("shard %d: slot %d is in %d lists and has %d readers", n, i, seen[i], e.readers)
-			}
-			if e.state() == slotValid {
-				valid++
-				total += int64(e.sectors) * sector
-				if s.find(e.key) != uint32(i) {
-					t.Fatalf("shard %d: slot %d is not in the table", n, i)
-				}
-			}
-		}
-		if int64(valid) != s.count.valid || total != s.count.bytes || len(s.flights) != 0 {
-			t.Fatalf("shard %d: counts %d slots, %d bytes, has %d, %d; %d flights", n, s.count.valid, s.count.bytes, valid, total, len(s.flights))
-		}
-		s.mu.Unlock()
 	}
+}
+
+// sound reports what is wrong with a shard that nobody uses.
+func (s *shard) sound() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	lists := make([]uint8, len(s.slots))
+	for _, q := range []*fifo{&s.free, &s.small, &s.main} {
+		i := q.head
+		for range q.n {
+			if lists[i]++; lists[i] > 1 {
+				return fmt.Errorf("slot %d is in two lists, or twice in one", i)
+			}
+			i = s.slots[i].link
+		}
+	}
+	valid, total := 0, int64(0)
+	for i, e := range s.slots {
+		want := uint8(1)
+		if uint32(i) >= s.fresh {
+			want = 0
+		}
+		if lists[i] != want || e.readers != 0 {
+			return fmt.Errorf("slot %d is in %d lists and has %d readers", i, lists[i], e.readers)
+		}
+		if e.state() != slotValid {
+			continue
+		}
+		valid++
+		total += int64(e.sectors) * sector
+		if s.find(e.key) != uint32(i) {
+			return fmt.Errorf("slot %d is not in the table", i)
+		}
+	}
+	if int64(valid) != s.count.valid || total != s.count.bytes || len(s.flights) != 0 {
+		return fmt.Errorf("it counts %d slots, %d bytes, and has %d, %d; %d flights", s.count.valid, s.count.bytes, valid, total, len(s.flights))
+	}
+	return nil
 }
 
 // idle waits until no read-ahead is queued or under way.
 func idle(c *Cache) {
-	for {
-		busy := len(c.pace.queue) > 0
-		c.mu.Lock()
-		for d := range c.devices {
-			d.streams.mu.Lock()
-			for _, s := range d.streams.list {
-				busy = busy || s.queued
-			}
-			d.streams.mu.Unlock()
-		}
-		c.mu.Unlock()
-		if !busy {
-			return
-		}
+	for c.pace.tasks.Load() > 0 {
 		time.Sleep(time.Millisecond)
 	}
 }

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"sync"
+	"sync/atomic"
 
 	"github.com/thaw-project/thaw/kind"
 )
@@ -36,7 +37,7 @@ type stream struct {
 	window int64  // how far ahead of next to read; 0 while it is none yet
 	steady int    // reads in sequence
 	used   uint64 // streams.clock at its last read
-	queued bool   // waits for a worker or has one
+	queued bool   // waits for a worker
 }
 
 // streams are those of a device.
@@ -69,7 +70,7 @@ func (st *streams) note(d *Device, off, n int64) (stream int) {
 // a second start of an image would, at another pace, fetch what the first did not.
 func (st *streams) push(d *Device, i int) {
 	limit := d.c.o.ReadAheadBytes
-	if limit <= 0 {
+	if limit <= 0 || d.c.paused() {
 		return
 	}
 	st.mu.Lock()
@@ -139,6 +140,7 @@ type pace struct {
 	queue chan aheadTask
 	quit  chan struct{}
 	wg    sync.WaitGroup
+	tasks atomic.Int64 // queued or under way
 
 	mu      sync.Mutex
 	cond    sync.Cond // of mu
@@ -166,9 +168,8 @@ func (p *pace) start(c *Cache) {
 				case <-p.quit:
 					return
 				case t := <-p.queue:
-					if t.d.readAhead(t.stream) && !p.submit(t.d, t.stream) {
-						t.d.streams.unqueue(t.stream)
-					}
+					t.d.readAhead(t.stream)
+					p.tasks.Add(-1)
 				}
 			}
 		})
@@ -186,10 +187,12 @@ func (p *pace) stop() {
 
 // submit queues a stream; false when the queue is full.
 func (p *pace) submit(d *Device, stream int) bool {
+	p.tasks.Add(1)
 	select {
 	case p.queue <- aheadTask{d, stream}:
 		return true
 	default:
+		p.tasks.Add(-1)
 		return false
 	}
 }
@@ -233,16 +236,20 @@ func (p *pace) release() {
 	p.mu.Unlock()
 }
 
-// readAhead fetches the next part ahead of a stream; false when it is to stop.
-func (d *Device) readAhead(stream int) bool {
+// readAhead fetches the next part ahead of a stream, and leaves the one after it to the
+// next worker.
+func (d *Device) readAhead(stream int) {
 	if d.enter() != nil {
 		d.streams.unqueue(stream)
-		return false
+		return
 	}
 	defer d.ops.Done()
 	start, end, ok := d.streams.advance(stream, d.layout.sizeBytes)
 	if !ok {
-		return false
+		return
+	}
+	if !d.c.pace.submit(d, stream) {
+		d.streams.unqueue(stream)
 	}
 	unit := int64(d.c.unit)
 	for at := start &^ (unit - 1); at < end; {
@@ -255,11 +262,10 @@ func (d *Device) readAhead(stream int) bool {
 		if err != nil {
 			// Nobody asked for it. Whoever does is told, or tries again.
 			d.streams.end(stream)
-			return false
+			return
 		}
 		at = max(next, at+unit)
 	}
-	return true
 }
 
 // has tells whether n bytes of k are there or being fetched.
