@@ -37,6 +37,7 @@ type store interface {
 const (
 	storeEnv  = "THAW_FABRICS_TEST_STORE" // "ours", "tcp" or "rdma"
 	socketEnv = "THAW_FABRICS_TEST_SOCKET"
+	shownEnv  = "THAW_FABRICS_TEST_SHOWN" // paths that the target shows from its start
 	targetArg = "test-target"
 )
 
@@ -102,7 +103,7 @@ func needKernel(t testing.TB, transport string) {
 // TestConformance runs the suite over our own target.
 func TestConformance(t *testing.T) {
 	needKernel(t, TransportTCP)
-	startTarget(t)
+	defer startTarget(t)()
 	presenttest.Conformance(t, subject)
 }
 
@@ -171,14 +172,16 @@ func (o ourTarget) Detach(_ context.Context, _, path string) error {
 	return err
 }
 
-// startTarget starts a target with two portals for the test.
-func startTarget(t *testing.T) {
+// startTarget starts a target with two portals for the test, which shows paths from its
+// start. The function returned kills it.
+func startTarget(t testing.TB, shown ...string) (kill func()) {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "target.sock")
 	t.Setenv(storeEnv, "ours")
 	t.Setenv(socketEnv, socket)
 	cmd := exec.Command(os.Args[0], targetArg, socket)
 	cmd.Stderr = os.Stderr
+	cmd.Env = append(os.Environ(), shownEnv+"="+strings.Join(shown, ":"))
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -186,13 +189,15 @@ func startTarget(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	kill = sync.OnceFunc(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
+	t.Cleanup(kill)
 	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
 		t.Fatalf("the target did not start: %q, %v", line, err)
 	}
+	return kill
 }
 
 func serveTarget(socket string) error {
@@ -206,23 +211,12 @@ func serveTarget(socket string) error {
 	if err := target.AddHost(testSubsystem, testHost); err != nil {
 		return err
 	}
-	var portals []Portal
-	for range 2 {
-		at, err := target.AddListener(testSubsystem, nvmf.ListenerConfig{Address: "127.0.0.1:0"})
-		if err != nil {
-			return err
-		}
-		host, port, err := net.SplitHostPort(at)
-		if err != nil {
-			return err
-		}
-		portals = append(portals, Portal{TransportTCP, host, port})
-	}
+	// The ports are always the same: hosts connect again after a restart.
+	portals := []Portal{{TransportTCP, "127.0.0.1", "4440"}, {TransportTCP, "127.0.0.1", "4441"}}
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		return err
 	}
-	fmt.Println("ready")
 	var mu sync.Mutex
 	shown := make(map[string]uint32)
 	act := func(c targetCall) (Export, error) {
@@ -251,6 +245,17 @@ func serveTarget(socket string) error {
 		e.NSID = shown[c.Path]
 		return e, nil
 	}
+	for _, path := range strings.FieldsFunc(os.Getenv(shownEnv), func(r rune) bool { return r == ':' }) {
+		if _, err := act(targetCall{Op: "attach", Path: path}); err != nil {
+			return err
+		}
+	}
+	for _, p := range portals {
+		if _, err := target.AddListener(testSubsystem, nvmf.ListenerConfig{Address: net.JoinHostPort(p.Address, p.Service)}); err != nil {
+			return err
+		}
+	}
+	fmt.Println("ready")
 	for {
 		conn, err := l.Accept()
 		if err != nil {

@@ -17,7 +17,7 @@ var inGuest = []struct {
 	name, pkg, match, before string
 }{
 	{"nbd", "nbd", "^(TestConformance|TestKernel)$", "modprobe nbd"},
-	{"tcp", "fabrics", "^TestConformance(KernelTCP)?$", "modprobe -a nvme-tcp nvmet-tcp"},
+	{"tcp", "fabrics", "^(TestConformance(KernelTCP)?|TestTarget.*)$", "modprobe -a nvme-tcp nvmet-tcp"},
 	{"rdma", "fabrics", "^TestConformanceKernelRDMA$", `modprobe -a crc32_generic rdma_rxe nvme-rdma nvmet-rdma rdma_ucm ib_uverbs
 		rdma link add rxe0 type rxe netdev eth0
 		await '[ -e /sys/class/infiniband/rxe0 ]'`},
