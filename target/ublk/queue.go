@@ -28,6 +28,7 @@ type queue struct {
 	depth int
 	maxIO int
 
+	thread  int // its id, once it runs
 	ring    *uring.Ring
 	descs   []byte // ioDesc for each tag, written by the kernel
 	buffers []byte // maxIO for each tag, and a page for what is read from event
@@ -74,18 +75,23 @@ const (
 	idleTime = 2 * time.Second
 	// idleWorkers is how many stay.
 	idleWorkers = 1
+	// threadPause is between looks whether the queue's thread has ended, which takes
+	// microseconds.
+	threadPause = 100 * time.Microsecond
 	// noTag has a worker end.
 	noTag = 0xffff
 )
 
-// onOwnThread runs f on a thread that nothing else runs on and that ends with it. The
-// process's first thread never ends in Go, so it is not used: the kernel wants the
-// thread of a queue gone before another takes over.
-func onOwnThread(f func()) {
+// onOwnThread runs f on a thread that nothing else runs on and that ends with it; the
+// channel is closed when f has returned. The process's first thread never ends in Go, so
+// it is not used: the kernel wants the thread of a queue gone before another takes over.
+func onOwnThread(f func()) (done <-chan struct{}) {
+	returned := make(chan struct{})
 	go func() {
 		runtime.LockOSThread()
 		if unix.Gettid() != unix.Getpid() {
 			f()
+			close(returned)
 			return // locked: the thread ends
 		}
 		elsewhere := make(chan struct{})
@@ -93,15 +99,19 @@ func onOwnThread(f func()) {
 			runtime.LockOSThread()
 			close(elsewhere)
 			f()
+			close(returned)
 		}()
 		<-elsewhere
 		runtime.UnlockOSThread()
 	}()
+	return returned
 }
 
 // run serves until the device is gone or the server stops. It says on ready whether it
-// could start.
+// could start. It must be called on a thread that ends with it; end gives back what it
+// leaves.
 func (q *queue) run(ready chan<- error) {
+	q.thread = unix.Gettid()
 	err := q.start()
 	ready <- err
 	if err == nil {
@@ -110,7 +120,7 @@ func (q *queue) run(ready chan<- error) {
 	if err != nil {
 		q.s.log.Error("ublk: queue ended", "device", q.s.Path(), "queue", q.id, "error", err)
 	}
-	q.end()
+	q.finish()
 }
 
 func (q *queue) start() (err error) {
@@ -339,18 +349,30 @@ func (q *queue) trim() {
 	}
 }
 
-// end finishes what workers have in hand and gives everything back. What was not
-// committed the kernel gives to the next server.
-func (q *queue) end() {
+// finish waits for what workers have in hand and commits it. What was not committed the
+// kernel gives to the next server.
+func (q *queue) finish() {
 	if q.tasks != nil {
 		close(q.tasks)
 		q.workers.Wait()
 	}
-	if q.ring != nil {
-		if q.descs != nil {
-			q.commitDone()
-			q.ring.Submit()
+	if q.descs != nil {
+		q.commitDone()
+		if err := q.ring.Submit(); err != nil {
+			q.s.log.Error("ublk: the last results are not committed", "device", q.s.Path(), "queue", q.id, "error", err)
 		}
+	}
+}
+
+// end gives everything back when the queue's thread is gone, and not earlier: if the ring is
+// closed while the thread lives, Linux 6.12 ends the commands and hands the thread a last
+// request at the same time. That request is never issued again, and the device stays in
+// the hands of a kernel worker that waits for it.
+func (q *queue) end() {
+	for unix.Tgkill(unix.Getpid(), q.thread, 0) == nil {
+		time.Sleep(threadPause)
+	}
+	if q.ring != nil {
 		q.ring.Close()
 	}
 	q.mu.Lock()

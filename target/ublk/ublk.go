@@ -240,10 +240,9 @@ func (s *Server) serve() (err error) {
 	for i := range int(s.info.queues) {
 		q := &queue{s: s, id: i, depth: int(s.info.depth), maxIO: int(s.info.maxIOBytes), event: -1}
 		s.queues = append(s.queues, q)
-		s.running.Add(1)
-		onOwnThread(func() {
-			defer s.running.Done()
-			q.run(ready)
+		s.running.Go(func() {
+			<-onOwnThread(func() { q.run(ready) })
+			q.end()
 		})
 	}
 	go func() {
@@ -368,7 +367,9 @@ func (s *Server) Close() error {
 	for _, q := range s.queues {
 		q.wake()
 	}
-	s.running.Wait()
+	if len(s.queues) > 0 {
+		<-s.gone
+	}
 	if s.char >= 0 {
 		return unix.Close(s.char)
 	}

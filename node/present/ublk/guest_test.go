@@ -19,10 +19,19 @@ func TestGuest(t *testing.T) {
 	if m := os.Getenv("THAW_VM_RUN"); m != "" {
 		match = m
 	}
+	// A test that hangs may have made its process unkillable: what waits in the kernel is shown.
 	p, err := g.Start(t.Context(), `cd /tmp
-		/host/test -test.v -test.timeout=90s -test.run '`+match+`' 2>&1; code=$?
-		if [ $code != 0 ]; then echo w > /proc/sysrq-trigger; fi
-		dmesg | grep -vi systemd | tail -n 60
+		{ /host/test -test.v -test.timeout=4m -test.run '`+match+`' 2>&1; echo $? > code; } &
+		for i in $(seq 270); do [ ! -e code ] || break; sleep 1; done
+		if [ -e code ]; then code=$(cat code); else
+			code=124
+			mount -t debugfs none /sys/kernel/debug
+			for f in /sys/kernel/debug/block/ublkb*/{state,requeue_list,hctx*/{state,busy,flags,dispatch}}; do echo "== $f"; cat $f; done
+			for t in /proc/[0-9]*/task/*; do
+				grep -Eq '^State:.[DR]|^Name:.*(kworker|iou)' $t/status && ! grep -q worker_thread+ $t/stack && { echo "== $t $(cat $t/comm)"; cat $t/stack; }
+			done
+		fi
+		dmesg | grep -vi systemd | tail -n 40
 		! dmesg | grep -E 'WARNING|BUG:|Oops' || code=1
 		exit $code`, nil)
 	if err != nil {
