@@ -16,7 +16,8 @@ import (
 var inGuest = []struct {
 	name, pkg, match, before string
 }{
-	{"nbd", "nbd", "^(TestConformance|TestKernel)$", "modprobe nbd"},
+	{"nbd", "nbd", "^(TestConformance|TestKernel)$", ""}, // it loads the module itself
+	{"ublk", "ublk", "^TestKernelConformance$", "modprobe ublk_drv"},
 	{"tcp", "fabrics", "^(TestConformance(KernelTCP)?|TestTarget.*)$", "modprobe -a nvme-tcp nvmet-tcp"},
 	{"rdma", "fabrics", "^TestConformanceKernelRDMA$", `modprobe -a crc32_generic rdma_rxe nvme-rdma nvmet-rdma rdma_ucm ib_uverbs
 		rdma link add rxe0 type rxe netdev eth0
