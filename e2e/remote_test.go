@@ -20,6 +20,29 @@ type cluster struct {
 	star  *lab.Star
 	store *lab.Thaw
 	ca    string // folder of the certificate authority
+
+	converted map[string]string // by source and variant
+}
+
+// convert converts a pushed image, once for all tests of the cluster.
+func (c *cluster) convert(t *testing.T, r recipe.Recipe, v variant) string {
+	t.Helper()
+	source := c.b.image(t, r)
+	key := source + " " + v.String()
+	if c.converted[key] == "" {
+		c.converted[key], _ = c.b.convert(t, c.store, source, v)
+	}
+	return c.converted[key]
+}
+
+// TestRemote runs containers on machines that store nothing.
+func TestRemote(t *testing.T) {
+	b := start(t)
+	c := b.newCluster(t)
+	t.Run("start", func(t *testing.T) { testRemoteStart(t, c) })
+	t.Run("ten", func(t *testing.T) { testRemoteTen(t, c) })
+	t.Run("lossy", func(t *testing.T) { testRemoteLossy(t, c) })
+	t.Run("faults", func(t *testing.T) { testRemoteFaults(t, c) })
 }
 
 const (
@@ -35,7 +58,7 @@ func (b *bench) newCluster(t *testing.T) *cluster {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &cluster{b: b, star: star, ca: filepath.Join(t.TempDir(), "ca")}
+	c := &cluster{b: b, star: star, ca: filepath.Join(t.TempDir(), "ca"), converted: map[string]string{}}
 	c.thaw(t, "certificate", "authority", "--out", c.ca)
 	files := c.issue(t, storeTarget, "--address", star.Host)
 	c.store = b.thawWith(t, lab.ThawOptions{StoreOnly: true, Network: star.Enter(), Config: fmt.Sprintf(`
@@ -157,12 +180,10 @@ func secondStart(t *testing.T, m *member, name, ref string) {
 	}
 }
 
-// TestRemoteStart starts an image on a node that has no store, reading over a link only
+// testRemoteStart starts an image on a node that has no store, reading over a link only
 // what it touches.
-func TestRemoteStart(t *testing.T) {
-	b := start(t)
-	c := b.newCluster(t)
-	source := b.image(t, recipe.Web())
+func testRemoteStart(t *testing.T, c *cluster) {
+	b := c.b
 	image, err := b.builder.Build(t.Context(), recipe.Web())
 	if err != nil {
 		t.Fatal(err)
@@ -176,10 +197,10 @@ func TestRemoteStart(t *testing.T) {
 	}
 	for i, v := range []variant{variants[0], variants[2]} {
 		t.Run(v.String(), func(t *testing.T) {
-			dest, _ := b.convert(t, c.store, source, v)
+			dest := c.convert(t, recipe.Web(), v)
 			for _, rate := range []string{"1gbit", "200mbit"} {
 				t.Run(rate, func(t *testing.T) {
-					name := fmt.Sprintf("node-%d-%s", i, rate)
+					name := fmt.Sprintf("start-%d-%s", i, rate)
 					m := c.join(t, name, rate)
 					before := m.received(t)
 					container, timing := coldStart(t, m.Node, "remote-"+name, dest)

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -50,14 +51,11 @@ func reading(t *testing.T, c *launch.Container) func() string {
 	}
 }
 
-// TestRemoteFaults reads an image over a network, with store, node and network failing
+// testRemoteFaults reads an image over a network, with store, node and network failing
 // meanwhile: that costs time and no error.
-func TestRemoteFaults(t *testing.T) {
-	b := start(t)
-	c := b.newCluster(t)
-	source := b.image(t, recipe.Web())
-	dest, _ := b.convert(t, c.store, source, variants[0])
-	m := c.joinAt(t, c.star, "node-1", "1gbit", noCache)
+func testRemoteFaults(t *testing.T, c *cluster) {
+	dest := c.convert(t, recipe.Web(), variants[0])
+	m := c.joinAt(t, c.star, "faulty", "1gbit", noCache)
 	container, _ := coldStart(t, m.Node, "faults", dest)
 	before := m.received(t)
 	want := reading(t, container)()
@@ -114,20 +112,62 @@ func TestRemoteFaults(t *testing.T) {
 		}))
 	})
 	t.Run("link down for 10 s", func(t *testing.T) {
+		started := make(chan error, 1)
 		check(t, disturb(t, func() {
 			if err := m.port.SetUp(false); err != nil {
 				t.Fatal(err)
 			}
+			go func() { // a start meanwhile waits, too
+				during, timing, err := m.Cold(context.Background(), "during", dest)
+				if during != nil {
+					err = errors.Join(err, during.Delete(context.Background()))
+				}
+				t.Logf("a container that was started meanwhile was ready after %v", timing.Total())
+				started <- err
+			}()
 			time.Sleep(10 * time.Second)
 			if err := m.port.SetUp(true); err != nil {
 				t.Fatal(err)
 			}
 		}))
+		if err := <-started; err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("writable disk, store and node killed", func(t *testing.T) {
+		ref := c.convert(t, recipe.Small("a"), variants[2])
+		t.Cleanup(func() { // after the container
+			if err := m.RemoveImage(context.Background(), ref); err != nil {
+				t.Error(err)
+			}
+		})
+		disk, _ := coldStart(t, m.Node, "disk", ref)
+		done := make(chan error, 1)
+		go func() {
+			// Copies what is read from the store, over a disk that is over the store.
+			_, err := disk.Exec(context.Background(), "/bin/sh", "-c", `set -e
+				for i in 1 2 3; do cp -a /usr/lib /copy$i; sync; done
+				for i in 1 2 3; do diff -r --no-dereference /usr/lib /copy$i; done`)
+			done <- err
+		}()
+		for range 2 {
+			time.Sleep(300 * time.Millisecond) // some way on; wherever that is, it must do no harm
+			if err := c.store.KillAndRestart(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(300 * time.Millisecond)
+			if err := m.thaw.KillAndRestart(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
 	})
 	t.Run("store gone", func(t *testing.T) {
 		// An image whose blocks are not attached yet is unpacked the ordinary way.
-		ref, _ := b.convert(t, c.store, b.image(t, recipe.Small("a")), variants[0])
-		other := c.join(t, "node-2", "")
+		ref := c.convert(t, recipe.Small("a"), variants[0])
+		other := c.join(t, "late", "")
 		c.store.Kill()
 		t.Cleanup(func() {
 			if err := c.store.Start(context.Background()); err != nil {
@@ -142,10 +182,10 @@ func TestRemoteFaults(t *testing.T) {
 	})
 	t.Run("image in use", func(t *testing.T) {
 		out, err := c.store.Do(t.Context(), "image", "remove", dest)
-		if err == nil || !strings.Contains(err.Error(), "node-1") {
+		if err == nil || !strings.Contains(err.Error(), "faulty") {
 			t.Errorf("an image was removed that a node has attached: %s, %v", out, err)
 		}
-		if out, err := c.store.Do(t.Context(), "attachment", "list", "--node", "node-1"); err != nil || !strings.Contains(string(out), "soldier-") {
+		if out, err := c.store.Do(t.Context(), "attachment", "list", "--node", "faulty"); err != nil || !strings.Contains(string(out), "soldier-") {
 			t.Errorf("attachments: %s, %v", out, err)
 		}
 		if out, err := m.thaw.Do(t.Context(), "image", "list"); err == nil || !strings.Contains(err.Error(), "no store") {
@@ -156,12 +196,26 @@ func TestRemoteFaults(t *testing.T) {
 			t.Fatal(err)
 		}
 		for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
-			out, err := c.store.Do(t.Context(), "attachment", "list", "--node", "node-1", "--json")
+			out, err := c.store.Do(t.Context(), "attachment", "list", "--node", "faulty", "--json")
 			if err == nil && !strings.Contains(string(out), "soldier-") {
 				break
 			}
 			if time.Now().After(deadline) {
 				t.Fatalf("the node lets go of nothing: %s, %v", out, err)
+			}
+		}
+		// Nor what nodes have that are gone for good: those of other tests.
+		out, err = c.store.Do(t.Context(), "attachment", "list", "--json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var left []struct{ Node string }
+		if err := json.Unmarshal(out, &left); err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range left {
+			if out, err := c.store.Do(t.Context(), "attachment", "delete", "--node", a.Node, "--all"); err != nil {
+				t.Errorf("%s, %v", out, err)
 			}
 		}
 		if out, err := c.store.Do(t.Context(), "image", "remove", dest); err != nil {
@@ -244,18 +298,16 @@ func (p *lossyProxy) carry(c net.Conn, back *lab.Star, port string) {
 	<-done
 }
 
-// TestRemoteLossy reads over a network that breaks one in a hundred connections off.
-func TestRemoteLossy(t *testing.T) {
-	b := start(t)
-	c := b.newCluster(t)
-	source := b.image(t, recipe.Web())
-	dest, _ := b.convert(t, c.store, source, variants[0])
+// testRemoteLossy reads over a network that breaks one in a hundred connections off.
+func testRemoteLossy(t *testing.T, c *cluster) {
+	b := c.b
+	dest := c.convert(t, recipe.Web(), variants[0])
 	front, err := b.lab.NewStar()
 	if err != nil {
 		t.Fatal(err)
 	}
 	proxy := newLossyProxy(t, front, c.star, attacherPort, nvmePort)
-	m := c.joinAt(t, front, "node-1", "", noCache)
+	m := c.joinAt(t, front, "lossy", "", noCache)
 	container, timing := coldStart(t, m.Node, "lossy", dest)
 	want := ""
 	for range 3 {
@@ -273,16 +325,14 @@ func TestRemoteLossy(t *testing.T) {
 	}
 }
 
-// TestRemoteTen starts one image on ten nodes at once.
-func TestRemoteTen(t *testing.T) {
-	b := start(t)
-	c := b.newCluster(t)
-	source := b.image(t, recipe.Web())
-	dest, _ := b.convert(t, c.store, source, variants[0])
+// testRemoteTen starts one image on ten nodes at once.
+func testRemoteTen(t *testing.T, c *cluster) {
+	b := c.b
+	dest := c.convert(t, recipe.Web(), variants[0])
 	const nodes = 10
 	members := make([]*member, nodes)
 	for i := range members {
-		members[i] = c.join(t, fmt.Sprintf("node-%d", i), "1gbit")
+		members[i] = c.join(t, fmt.Sprintf("ten-%d", i), "1gbit")
 	}
 	if err := lab.DropCaches(); err != nil {
 		t.Fatal(err)
