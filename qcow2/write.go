@@ -258,7 +258,10 @@ func (i *Image) appendHost(runs []clusterRun, entry uint64, keep int64) []cluste
 func (i *Image) fill(p []byte, off int64, r clusterRun, fresh bool, entries []uint64) error {
 	in := off & (i.clusterBytes - 1)
 	host := r.first << i.head.clusterBits
-	if r.n == 1 && in > 0 && in+int64(len(p)) < i.clusterBytes {
+	switch end := in + int64(len(p)); {
+	case in == 0 && end == r.n<<i.head.clusterBits:
+		return i.file.WriteAt(p, host)
+	case r.n == 1 && in > 0 && end < i.clusterBytes:
 		return i.fillAround(p, off, host, fresh, entries[0])
 	}
 	var bufs [3][]byte

@@ -130,6 +130,9 @@ func (r *Reader) recv() bool {
 			continue
 		}
 		r.n, r.errno = int(n), errno
+		if errno == 0 {
+			synced(r.fd)
+		}
 		return errno != unix.EAGAIN
 	}
 }
