@@ -79,6 +79,9 @@ func (l *Link) Bytes() (int64, error) {
 	return strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64)
 }
 
+// Enter is the command that runs what follows it in the namespace.
+func (l *Link) Enter() []string { return enter(l.name) }
+
 func (l *Link) namespacePath() string { return "/run/netns/" + l.name }
 
 func (l *Link) remove() error {
