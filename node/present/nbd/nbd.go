@@ -39,6 +39,7 @@ import (
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/nbd/kernel"
 	"github.com/thaw-project/thaw/node/present"
+	"github.com/thaw-project/thaw/node/present/blockdev"
 	"github.com/thaw-project/thaw/node/present/runstate"
 	"github.com/thaw-project/thaw/target/bdev"
 	server "github.com/thaw-project/thaw/target/nbd"
@@ -201,6 +202,9 @@ func newPresenter(ctx context.Context, options Options, lockWait time.Duration) 
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	if p.lock, err = runstate.Lock(options.StatePath, lockWait); err != nil {
 		return nil, err
+	}
+	if err := blockdev.ServeThroughReclaim(); err != nil {
+		p.log.Debug("nbd: writable disks may stall when memory is short", "error", err)
 	}
 	if err := p.adopt(); err != nil {
 		return nil, errors.Join(err, p.Close())

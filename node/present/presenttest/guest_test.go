@@ -23,6 +23,7 @@ var inGuest = []struct {
 		rdma link add rxe0 type rxe netdev eth0
 		await '[ -e /sys/class/infiniband/rxe0 ]'`},
 	{"fuse", "fuse", "^TestConformance$", "modprobe -a fuse loop"},
+	{"blockdev", "blockdev", "^TestServeThroughReclaim$", ""},
 }
 
 // TestGuest runs them in one guest. THAW_VM_BENCH adds benchmarks, as go test -bench
