@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"time"
 
@@ -21,9 +22,10 @@ type disk struct {
 	stateDisk
 	p *Presenter
 
-	ctx    context.Context // ends the taking over
+	ctx    context.Context // ends the taking over and the tuning
 	cancel context.CancelFunc
 	ready  chan struct{} // closed when the taking over has ended
+	tuning sync.WaitGroup
 
 	mu     sync.Mutex
 	device bdev.Device  // guarded by mu: nil until an adopted disk's is open, and after it is closed
@@ -68,17 +70,23 @@ func (d *disk) create(device bdev.Device) error {
 }
 
 // tune has the kernel notice our death early. It is done by a child, because the kernel may
-// have the writer wait for the device.
-func (d *disk) tune() {
-	path, data := d.server.Tuning()
+// have the writer wait for the device, and beside, because nobody need wait for it.
+func (d *disk) tune(server *ublk.Server) {
+	path, data := server.Tuning()
 	if path == "" {
 		return
 	}
-	ctx, cancel := context.WithTimeout(d.ctx, tuneTimeout)
-	defer cancel()
-	if err := blockdev.Write(ctx, path, data); err != nil && d.ctx.Err() == nil {
-		d.p.log.Warn("ublk: if this process is killed under full load, users of a disk wait longer", "disk", d.ID, "error", err)
-	}
+	d.tuning.Go(func() {
+		if d.p.takeChild(d.ctx) != nil {
+			return
+		}
+		defer func() { <-d.p.child }()
+		ctx, cancel := context.WithTimeout(d.ctx, tuneTimeout)
+		defer cancel()
+		if err := blockdev.Write(ctx, path, data); err != nil && d.ctx.Err() == nil {
+			d.p.log.Warn("ublk: if this process is killed under full load, users of a disk wait longer", "disk", d.ID, "error", err)
+		}
+	})
 }
 
 // adopted takes over a disk of a process before us, as soon as its device opens. Until
@@ -129,7 +137,7 @@ func (d *disk) takeOver() error {
 	d.mu.Lock()
 	d.device, d.server = device, server
 	d.mu.Unlock()
-	d.tune()
+	d.tune(server)
 	return nil
 }
 
@@ -158,8 +166,12 @@ func (d *disk) vanished() bool {
 	return true
 }
 
-// lost tells whether somebody has deleted the device.
+// lost tells whether somebody has deleted the device. Its server notices a moment after
+// its node in /dev is gone.
 func (d *disk) lost() bool {
+	if _, err := os.Lstat(d.Path); errors.Is(err, os.ErrNotExist) {
+		return true
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.server == nil {
@@ -190,16 +202,34 @@ func (d *disk) takenOver(ctx context.Context) error {
 
 // claim makes sure that nobody uses the device, and that nobody begins to.
 func (d *disk) claim(ctx context.Context) (release func() error, err error) {
+	if err := d.p.takeChild(ctx); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			<-d.p.child
+		}
+	}()
 	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
 	defer cancel()
 	c, err := blockdev.Take(ctx, d.Path, blockdev.ClaimOptions{Wait: usersWait})
 	if errors.Is(err, kind.NotFound) || err != nil && d.lost() {
-		return func() error { return nil }, nil
+		return func() error { <-d.p.child; return nil }, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	return c.Release, nil
+	return func() error { defer func() { <-d.p.child }(); return c.Release() }, nil
+}
+
+// takeChild waits until another child may be started; a receive from p.child gives that back.
+func (p *Presenter) takeChild(ctx context.Context) error {
+	select {
+	case p.child <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return kind.Errorf(kind.Canceled, "%w", context.Cause(ctx))
+	}
 }
 
 // halt takes the device from the kernel; on failure it is served as before.
@@ -215,12 +245,18 @@ func (d *disk) halt(ctx context.Context) error {
 	return d.server.Halt(ctx)
 }
 
+// stop ends what runs beside.
+func (d *disk) stop() {
+	d.cancel()
+	<-d.ready
+	d.tuning.Wait()
+}
+
 // end deletes the device and closes what is behind it. A writable disk that was adopted and
 // not opened since is opened for the flush: our predecessor may have left something
 // unflushed.
 func (d *disk) end(ctx context.Context, flush bool) error {
-	d.cancel()
-	<-d.ready
+	d.stop()
 	var errs []error
 	if d.server != nil {
 		errs = append(errs, d.server.Stop(ctx))
@@ -239,8 +275,7 @@ func (d *disk) end(ctx context.Context, flush bool) error {
 
 // leave stops serving and leaves the device to the next process.
 func (d *disk) leave() error {
-	d.cancel()
-	<-d.ready
+	d.stop()
 	var errs []error
 	if d.server != nil {
 		errs = append(errs, d.server.Close())

@@ -21,8 +21,8 @@ func TestGuest(t *testing.T) {
 	}
 	// A test that hangs may have made its process unkillable: what waits in the kernel is shown.
 	p, err := g.Start(t.Context(), `cd /tmp
-		{ /host/test -test.v -test.timeout=4m -test.run '`+match+`' 2>&1; echo $? > code; } &
-		for i in $(seq 270); do [ ! -e code ] || break; sleep 1; done
+		{ /host/test -test.v -test.timeout=8m -test.run '`+match+`' 2>&1; echo $? > code; } &
+		for i in $(seq 520); do [ ! -e code ] || break; sleep 1; done
 		if [ -e code ]; then code=$(cat code); else
 			code=124
 			mount -t debugfs none /sys/kernel/debug

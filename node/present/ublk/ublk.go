@@ -75,6 +75,8 @@ const (
 	usersWait = 2 * time.Second
 	// claimTimeout bounds the look for users itself.
 	claimTimeout = 20 * time.Second
+	// parallelChildren bounds the processes that look for users or write to sysfs at once.
+	parallelChildren = 4
 	// tuneTimeout bounds a write to sysfs, which nothing depends on.
 	tuneTimeout = 5 * time.Second
 	// parallelOpens bounds the disks that are taken over at once after a start: enough
@@ -112,6 +114,7 @@ type Presenter struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	opens  chan struct{} // a semaphore of parallelOpens
+	child  chan struct{} // a semaphore of parallelChildren
 
 	locks keylock.Set // by disk id: held while a disk comes or goes
 
@@ -142,7 +145,7 @@ func New(options Options) (_ *Presenter, err error) {
 	}
 	p := &Presenter{
 		options: options, log: options.Logger, disks: make(map[string]*disk),
-		opens: make(chan struct{}, parallelOpens), owner: owner(options.StatePath),
+		opens: make(chan struct{}, parallelOpens), child: make(chan struct{}, parallelChildren), owner: owner(options.StatePath),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	if p.lock, err = runstate.Lock(options.StatePath, lockWait); err != nil {
@@ -330,7 +333,7 @@ func (p *Presenter) present(ctx context.Context, id string, source present.Sourc
 	if err := d.server.Start(ctx); err != nil {
 		return present.Disk{}, errors.Join(err, d.end(context.WithoutCancel(ctx), false), p.put(id, nil))
 	}
-	d.tune()
+	d.tune(d.server)
 	return d.Disk, nil
 }
 
