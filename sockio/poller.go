@@ -23,6 +23,12 @@ const (
 	// a request a millisecond.
 	probeEvery  = 32
 	probeWithin = time.Millisecond
+
+	// awakeMax is for how long a goroutine goes on without having slept. The scheduler
+	// looks at sockets when it finds nothing else to run, and a goroutine that polls
+	// is something: where all CPUs are busy like that, others would wait for the
+	// 10 ms after which the runtime looks anyway.
+	awakeMax = 500 * time.Microsecond
 )
 
 // polling is how many Pollers of the process poll now. A goroutine that polls keeps the
@@ -38,6 +44,7 @@ type Poller struct {
 	credit  int
 	skipped int
 	since   time.Time // the start of the present wait, zero if there is none
+	slept   time.Time // when it last was to sleep
 	last    time.Duration
 }
 
@@ -48,17 +55,8 @@ func (p *Poller) Wait(try func() bool) bool {
 		return false // it slept already, and woke for nothing
 	}
 	p.since = time.Now()
-	if p.credit == 0 {
-		if p.last > probeWithin {
-			return false
-		}
-		if p.skipped++; p.skipped < probeEvery {
-			return false
-		}
-	}
-	p.skipped = 0
-	if polling.Add(1) > maxPolling() {
-		polling.Add(-1)
+	if !p.should() {
+		p.slept = p.since
 		return false
 	}
 	defer polling.Add(-1)
@@ -71,9 +69,30 @@ func (p *Poller) Wait(try func() bool) bool {
 		}
 		if time.Since(p.since) > pollMax {
 			p.credit = max(p.credit-missCost, 0)
+			p.slept = p.since
 			return false
 		}
 	}
+}
+
+// should tells whether to poll in the wait that begins, and counts that in polling.
+func (p *Poller) should() bool {
+	switch {
+	case p.since.Sub(p.slept) > awakeMax && !p.slept.IsZero():
+		return false
+	case p.credit == 0 && p.last > probeWithin:
+		return false
+	case p.credit == 0:
+		if p.skipped++; p.skipped < probeEvery {
+			return false
+		}
+	}
+	p.skipped = 0
+	if polling.Add(1) > maxPolling() {
+		polling.Add(-1)
+		return false
+	}
+	return true
 }
 
 // Done ends a wait: try found something.

@@ -132,7 +132,7 @@ func TestPoller(t *testing.T) {
 			t.Error("polled after it slept")
 		}
 		p.Done()
-		p.last = 0 // a wait as short as any
+		p.last, p.slept = 0, time.Time{} // a wait as short as any
 		return got
 	}
 	for range probeEvery - 1 {
@@ -156,7 +156,12 @@ func TestPoller(t *testing.T) {
 	if p.credit != 0 || wait(found) {
 		t.Fatalf("polls though it did not help; credit %d", p.credit)
 	}
-	p.last = 2 * probeWithin
+	p.credit, p.slept = maxCredit, time.Now().Add(-2*awakeMax)
+	if p.Wait(found) {
+		t.Fatal("does not sleep for long")
+	}
+	p.Done()
+	p.credit, p.last = 0, 2*probeWithin
 	for range 2 * probeEvery {
 		if p.Wait(found) {
 			t.Fatal("probes an idle peer")
