@@ -23,9 +23,10 @@ import (
 type attributes struct {
 	db *statedb.DB
 
-	mu    sync.Mutex
-	lvols map[string]attribute // guarded by mu: by UUID
-	title string               // guarded by mu
+	mu        sync.Mutex
+	lvols     map[string]attribute // guarded by mu, as are all below: by UUID
+	externals int                  // how many have an External
+	title     string
 }
 
 // attribute is of one lvol.
@@ -63,7 +64,7 @@ func openAttributes(path, name string) (*attributes, error) {
 			if err := json.Unmarshal(v, &one); err != nil {
 				return kind.Errorf(kind.Corrupt, "%s: attributes of lvol %s: %w", path, k, err)
 			}
-			a.lvols[string(k)] = one
+			a.setLocked(string(k), one)
 			return nil
 		})
 	})
@@ -134,13 +135,31 @@ func (a *attributes) put(set map[string]attribute, done ...string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for id, one := range set {
-		if one == (attribute{}) {
-			delete(a.lvols, id)
-		} else {
-			a.lvols[id] = one
-		}
+		a.setLocked(id, one)
 	}
 	return nil
+}
+
+// setLocked sets attributes in memory. The caller holds mu, or nobody else has a.
+func (a *attributes) setLocked(id string, one attribute) {
+	if a.lvols[id].External != "" {
+		a.externals--
+	}
+	if one.External != "" {
+		a.externals++
+	}
+	if one == (attribute{}) {
+		delete(a.lvols, id)
+	} else {
+		a.lvols[id] = one
+	}
+}
+
+// anyExternal tells whether any lvol has an external parent.
+func (a *attributes) anyExternal() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.externals > 0
 }
 
 func (a *attributes) intents() (names []string, err error) {

@@ -304,12 +304,11 @@ func (t *Target) subsystem(nqn string) *nvmf.SubsystemInfo {
 	t.mu.RLock()
 	tg := t.nvmf
 	t.mu.RUnlock()
-	for _, s := range tg.Subsystems() {
-		if s.NQN == nqn {
-			return &s
-		}
+	s, err := tg.Subsystem(nqn)
+	if err != nil {
+		return nil
 	}
-	return nil
+	return &s
 }
 
 // listeners are the addresses of a subsystem or of discovery; none when there is no such

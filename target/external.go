@@ -177,12 +177,16 @@ func (e *externalLvol) fill(ctx context.Context) error {
 }
 
 // external is what lies below an lvol: the nearest External of it and its ancestors,
-// zero when there is none, and the lvol's own attributes.
-func (s *lvstore) external(i lvol.Info) (nearest, own attribute, err error) {
+// zero when there is none, and the lvol's own attributes. look describes other lvols by
+// name.
+func (s *lvstore) external(i lvol.Info, look func(name string) (lvol.Info, error)) (nearest, own attribute, err error) {
 	own = s.attrs.get(i.UUID)
+	if !s.attrs.anyExternal() { // the usual case, and describing an lvol with many clones takes a while
+		return attribute{}, own, nil
+	}
 	nearest = own
 	for nearest.External == "" && i.Parent != "" {
-		if i, err = s.store.Get(i.Parent); err != nil {
+		if i, err = look(i.Parent); err != nil {
 			return attribute{}, own, err
 		}
 		nearest = s.attrs.get(i.UUID)
@@ -195,8 +199,8 @@ func (s *lvstore) external(i lvol.Info) (nearest, own attribute, err error) {
 
 // connectParent makes sure that the external parent of an lvol is at hand; false when it
 // has one that is not.
-func (s *lvstore) connectParent(i lvol.Info) bool {
-	e, _, err := s.external(i)
+func (s *lvstore) connectParent(i lvol.Info, look func(name string) (lvol.Info, error)) bool {
+	e, _, err := s.external(i, look)
 	if err != nil {
 		s.t.log.Error("lvol's ancestors", "lvol", i.Name, "err", err)
 		return false
@@ -222,7 +226,7 @@ func (s *lvstore) connectParent(i lvol.Info) bool {
 func (s *lvstore) parentGone(id string) {
 	delete(s.parents, id)
 	for _, d := range s.disks() {
-		if e, _, err := s.external(d.driver.(*lvolDisk).info()); err == nil && e.External == id {
+		if e, _, err := s.external(d.driver.(*lvolDisk).info(), s.store.Get); err == nil && e.External == id {
 			s.remove(d, false)
 		}
 	}
@@ -230,6 +234,9 @@ func (s *lvstore) parentGone(id string) {
 
 // dropParents lets go of external parents that no lvol needs any more.
 func (s *lvstore) dropParents() {
+	if len(s.parents) == 0 {
+		return
+	}
 	list, err := s.store.List()
 	if err != nil {
 		return
@@ -299,7 +306,7 @@ func (t *Target) cloneBdev(params json.RawMessage) (any, error) {
 	if err != nil {
 		return nil, invalidOf(s.giveUp(p.Clone, err))
 	}
-	s.sync() // when the parent cannot be had, the clone is degraded, and the answer is success as in SPDK
+	s.placeOne(i) // when the parent cannot be had, the clone is degraded, and the answer is success as in SPDK
 	return i.UUID, nil
 }
 
@@ -363,7 +370,7 @@ func (t *Target) detach(params json.RawMessage, all bool) (any, error) {
 			return nil, err
 		}
 		l, i = found, found.info()
-		e, own, err := l.s.external(i)
+		e, own, err := l.s.external(i, l.s.store.Get)
 		if err != nil {
 			return nil, invalidOf(err)
 		}

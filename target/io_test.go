@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -152,6 +153,60 @@ func TestData(t *testing.T) {
 	}
 }
 
+// TestBlockDevice keeps an lvstore on a block device.
+func TestBlockDevice(t *testing.T) {
+	root := shortDir(t)
+	image := filepath.Join(t.TempDir(), "image") // a loop device wants a file of a real file system
+	if err := os.WriteFile(image, bytes.Repeat([]byte{'o'}, 64*mib), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "--find", "--show", image).CombinedOutput()
+	if err != nil {
+		t.Skipf("no loop device here: %v %s", err, out)
+	}
+	loop := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if out, err := exec.Command("losetup", "--detach", loop).CombinedOutput(); err != nil {
+			t.Errorf("detach %s: %v %s", loop, err, out)
+		}
+	})
+	l := start(t, target.Options{Root: root})
+	l.call("bdev_aio_create", `{"name":"raw","filename":%q}`, loop)
+	port := freePort(t)
+	l.export(port, "raw")
+	h := connect(t, port)
+	raw := l.open(h, "raw")
+	expect(t, raw, mib, mib, 'o')
+	if err := raw.Discard(mib, mib/2); err != nil { // reads as zeros, whatever the device does
+		t.Fatal(err)
+	}
+	expect(t, raw, mib, mib/2, 0)
+	expect(t, raw, mib+mib/2, mib/2, 'o')
+	if err := raw.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	l.fails(-16, "bdev_aio_create", `{"name":"again","filename":%q}`, loop)
+	l.call("nvmf_subsystem_remove_ns", `{"nqn":%q,"nsid":1}`, nqn)
+	l.call("bdev_lvol_create_lvstore", `{"bdev_name":"raw","lvs_name":"lvs","cluster_sz":65536}`)
+	l.call("bdev_lvol_create", `{"lvol_name":"a","size_in_mib":16,"lvs_name":"lvs"}`)
+	l.call("nvmf_subsystem_add_ns", `{"nqn":%q,"namespace":{"bdev_name":"lvs/a","nsid":2}}`, nqn)
+	eventually(t, "the host sees it", func() bool { _, err := h.Open(2); return err == nil })
+	a := l.open(h, "lvs/a")
+	expect(t, a, 0, 16*mib, 0) // not what was on the device before
+	write(t, a, 12345, []byte("hello"))
+	before := l.answer("bdev_lvol_get_lvols", "")
+	l.stop()
+	l = start(t, target.Options{Root: root})
+	l.call("bdev_aio_create", `{"name":"raw","filename":%q}`, loop)
+	if got := l.answer("bdev_lvol_get_lvols", ""); got != before {
+		t.Errorf("lvols are %s, were %s", got, before)
+	}
+	l.export(port, "lvs/a")
+	if got := read(t, l.open(connect(t, port), "lvs/a"), 12345, 5); string(got) != "hello" {
+		t.Errorf("it holds %q", got)
+	}
+}
+
 // TestDiscovery asks discovery at an address of its own.
 func TestDiscovery(t *testing.T) {
 	l := start(t, target.Options{})
@@ -200,6 +255,7 @@ func TestNested(t *testing.T) {
 	l.call("bdev_lvol_create", `{"lvol_name":"disk","size_in_mib":64,"thin_provision":true,"lvs_name":"outer"}`)
 	l.call("bdev_lvol_create_lvstore", `{"bdev_name":"outer/disk","lvs_name":"inner","cluster_sz":65536}`)
 	l.call("bdev_lvol_create", `{"lvol_name":"a","size_in_mib":16,"thin_provision":true,"lvs_name":"inner"}`)
+	l.fails(-32602, "bdev_lvol_resize", `{"name":"outer/disk","size_in_mib":32}`) // the inner lvstore lies on it
 	port := freePort(t)
 	l.export(port, "inner/a")
 	h := connect(t, port)

@@ -145,7 +145,7 @@ func (t *Target) createStore(params json.RawMessage) (any, error) {
 	if t.storeByName(p.Name) != nil {
 		return nil, rpc.Errno(syscall.EPERM, kind.Errorf(kind.Exists, "lvstore %s exists", p.Name))
 	}
-	l := &lease{what: "lvstore " + p.Name, claim: exclusiveWrite, write: true}
+	l := &lease{what: "lvstore " + p.Name, claim: exclusiveWrite, write: true, fixed: true}
 	if err := t.acquire(d, l); err != nil {
 		return nil, err
 	}
@@ -240,7 +240,7 @@ func (t *Target) examine(d *disk) {
 		log.Error("lvstore not opened: it is open on another bdev, of which this one seems a copy", "open", s.base.disk.name)
 		return
 	}
-	claim := &lease{what: "lvstore " + name, claim: exclusiveWrite, write: true}
+	claim := &lease{what: "lvstore " + name, claim: exclusiveWrite, write: true, fixed: true}
 	if d.driver.readOnly() {
 		claim.claim, claim.write = nobodyWrites, false
 	}

@@ -61,6 +61,7 @@ type lease struct {
 	what  string // who it is, for messages
 	write bool
 	own   bool // the target's own work, which keeps order by other means: no claim stops it
+	fixed bool // the disk must not shrink under it
 	// evict makes the user let go and release the lease, because the disk goes;
 	// wanted says that somebody asked for it. It is called with admin held.
 	evict func(wanted bool)
@@ -236,6 +237,18 @@ func (t *Target) unregister(d *disk, wanted bool) {
 		t.log.Warn("close bdev", "name", d.name, "err", err)
 	}
 	t.log.Info("bdev removed", "name", d.name)
+}
+
+// pinned returns who needs a disk to keep its size, or nothing.
+func (t *Target) pinned(d *disk) string {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	for l := range d.leases {
+		if l.fixed {
+			return l.what
+		}
+	}
+	return ""
 }
 
 // busy returns who uses a disk, or nothing.

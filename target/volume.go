@@ -47,7 +47,7 @@ func (l *lvolDisk) open() (bdev.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	e, _, err := l.s.external(i)
+	e, _, err := l.s.external(i, l.s.store.Get)
 	if err == nil && e.External == "" {
 		return h, nil
 	}
@@ -102,42 +102,54 @@ func isExternalClone(i lvol.Info, a attribute) bool { return a.External != "" &&
 // sync registers, renames and unregisters the lvstore's disks so that they are what it
 // holds. The caller holds admin.
 func (s *lvstore) sync() {
-	t := s.t
 	list, err := s.store.List()
 	if err != nil {
-		t.log.Error("list lvols", "lvstore", s.name, "err", err)
+		s.t.log.Error("list lvols", "lvstore", s.name, "err", err)
 		return
 	}
-	present := map[string]bool{}
-	have := map[string]*disk{}
-	for _, d := range s.disks() {
-		have[d.driver.(*lvolDisk).id] = d
-	}
+	byName := make(map[string]lvol.Info, len(list))
 	for _, i := range list {
-		if s.making[i.Name] || i.Damage != "" {
-			continue
-		}
-		if !s.connectParent(i) {
-			continue // degraded: as in SPDK it has no bdev
-		}
-		present[i.UUID] = true
-		alias := s.named() + "/" + i.Name
-		d := have[i.UUID]
-		if d == nil {
-			s.add(i, alias)
-			continue
-		}
-		t.mu.Lock()
-		d.driver.(*lvolDisk).name = i.Name
-		t.mu.Unlock()
-		t.setAlias(d, alias)
+		byName[i.Name] = i
 	}
-	for id, d := range have {
-		if !present[id] {
+	look := func(name string) (lvol.Info, error) { return byName[name], nil }
+	present := map[string]bool{}
+	for _, i := range list {
+		present[i.UUID] = s.place(i, look)
+	}
+	for _, d := range s.disks() {
+		if id := d.driver.(*lvolDisk).id; !present[id] {
 			s.remove(d, true)
 		}
 	}
 }
+
+// place makes one lvol known as a disk under its present name; false when it can have
+// none. look describes other lvols by name.
+func (s *lvstore) place(i lvol.Info, look func(name string) (lvol.Info, error)) bool {
+	if s.making[i.Name] || i.Damage != "" || !s.connectParent(i, look) {
+		return false // as in SPDK, a degraded lvol has no bdev
+	}
+	t := s.t
+	alias := s.named() + "/" + i.Name
+	t.mu.RLock()
+	l := s.lvols[i.UUID]
+	t.mu.RUnlock()
+	if l == nil {
+		s.add(i, alias)
+		return true
+	}
+	t.mu.Lock()
+	l.name = i.Name
+	d := t.names[i.UUID]
+	t.mu.Unlock()
+	if d != nil {
+		t.setAlias(d, alias)
+	}
+	return true
+}
+
+// placeOne is place for a change of one lvol.
+func (s *lvstore) placeOne(i lvol.Info) { s.place(i, s.store.Get) }
 
 func (s *lvstore) add(i lvol.Info, alias string) {
 	id, err := uuid.Parse(i.UUID)
@@ -150,7 +162,7 @@ func (s *lvstore) add(i lvol.Info, alias string) {
 	s.lvols[i.UUID] = l
 	s.t.mu.Unlock()
 	local := s.base.disk.local
-	if e, _, err := s.external(i); err == nil && e.External != "" {
+	if e, _, err := s.external(i, s.store.Get); err == nil && e.External != "" {
 		local = local && s.parents[e.External].disk.local
 	}
 	if err := s.t.register(&disk{name: i.UUID, id: id, alias: alias, product: "Logical Volume", blockBytes: s.block, driver: l, local: local}); err != nil {
@@ -229,7 +241,7 @@ func (t *Target) createLvol(params json.RawMessage) (any, error) {
 			if i, err = s.store.Create(p.Name, size); err != nil {
 				return nil, invalidOf(err)
 			}
-			s.sync()
+			s.placeOne(i)
 			return nil, nil
 		}
 		if err := s.attrs.intend(p.Name); err != nil {
@@ -254,7 +266,7 @@ func (t *Target) createLvol(params json.RawMessage) (any, error) {
 		if inflateErr != nil {
 			return nil, invalidOf(s.giveUp(p.Name, inflateErr))
 		}
-		s.sync()
+		s.placeOne(i)
 		return nil, nil
 	})
 	return i.UUID, err
@@ -317,7 +329,7 @@ func (t *Target) snapshotLvol(params json.RawMessage) (any, error) {
 			return nil, invalidOf(s.giveUp(p.Snapshot, err))
 		}
 	}
-	s.sync()
+	s.placeOne(i)
 	return i.UUID, nil
 }
 
@@ -340,7 +352,7 @@ func (t *Target) cloneLvol(params json.RawMessage) (any, error) {
 	if err != nil {
 		return nil, invalidOf(err)
 	}
-	l.s.sync()
+	l.s.placeOne(i)
 	return i.UUID, nil
 }
 
@@ -379,8 +391,8 @@ func (t *Target) deleteLvol(params json.RawMessage) (any, error) {
 	if err == nil && a != (attribute{}) {
 		err = s.attrs.put(set)
 	}
-	s.sync()
 	if err != nil {
+		s.sync() // it is still there
 		return nil, rpc.Internal(rpc.Strerror(kind.Errno(err)), err)
 	}
 	s.dropParents()
@@ -427,11 +439,11 @@ func (t *Target) renameLvol(params json.RawMessage) (any, error) {
 		return nil, invalidOf(err)
 	}
 	old := l.named()
-	// Until the new name is everywhere, both are the lvol's: lists read at any moment.
-	if _, err := l.s.store.Rename(old, p.NewName); err != nil {
+	i, err := l.s.store.Rename(old, p.NewName)
+	if err != nil {
 		return nil, invalidOf(err)
 	}
-	l.s.sync()
+	l.s.placeOne(i)
 	return true, nil
 }
 
@@ -452,6 +464,9 @@ func (t *Target) resizeLvol(params json.RawMessage) (any, error) {
 		return nil, err
 	}
 	i := l.info()
+	if who := t.pinned(d); who != "" && size < i.SizeBytes {
+		return nil, invalidOf(kind.Errorf(kind.InUse, "lvol %s cannot shrink: it is used by %s", i.Name, who))
+	}
 	undo, err := l.narrow(i, size)
 	if err != nil {
 		return nil, invalidOf(err)
@@ -470,7 +485,7 @@ func (t *Target) resizeLvol(params json.RawMessage) (any, error) {
 // narrow makes an lvol show no more than size of an external parent, before it shrinks:
 // what is cut off must not show again when it grows. undo takes that back.
 func (l *lvolDisk) narrow(i lvol.Info, size int64) (undo func(), err error) {
-	e, own, err := l.s.external(i)
+	e, own, err := l.s.external(i, l.s.store.Get)
 	if err != nil || e.External == "" || size >= e.Bytes || i.ReadOnly {
 		return func() {}, err
 	}
@@ -548,10 +563,15 @@ func (t *Target) getLvols(params json.RawMessage) (any, error) {
 			return nil, errnoOf(err)
 		}
 		name := s.named()
+		byName := make(map[string]lvol.Info, len(lvols))
+		for _, i := range lvols {
+			byName[i.Name] = i
+		}
+		look := func(name string) (lvol.Info, error) { return byName[name], nil }
 		for _, i := range lvols {
 			a := s.attrs.get(i.UUID)
 			d := t.lookup(i.UUID)
-			if d == nil && i.Damage == "" && !s.hasExternal(i) {
+			if d == nil && i.Damage == "" && !s.hasExternal(i, look) {
 				continue // still being made
 			}
 			list = append(list, info{name + "/" + i.Name, i.UUID, i.Name, !a.Thick, i.Snapshot, i.Parent != "", isExternalClone(i, a),
@@ -562,8 +582,8 @@ func (t *Target) getLvols(params json.RawMessage) (any, error) {
 }
 
 // hasExternal tells whether some disk outside lies below an lvol.
-func (s *lvstore) hasExternal(i lvol.Info) bool {
-	e, _, err := s.external(i)
+func (s *lvstore) hasExternal(i lvol.Info, look func(name string) (lvol.Info, error)) bool {
+	e, _, err := s.external(i, look)
 	return err != nil || e.External != ""
 }
 
@@ -581,7 +601,7 @@ func (t *Target) setParent(params json.RawMessage) (any, error) {
 		return nil, invalidOf(kind.Errorf(kind.Invalid, "lvols %s and %s are of different lvstores", l.id, p.id))
 	}
 	own := l.s.attrs.get(l.id)
-	if who := t.busy(d); who != "" && (l.s.hasExternal(l.info()) || l.s.hasExternal(p.info())) {
+	if who := t.busy(d); who != "" && (l.s.hasExternal(l.info(), l.s.store.Get) || l.s.hasExternal(p.info(), l.s.store.Get)) {
 		return nil, invalidOf(kind.Errorf(kind.InUse, "lvol %s is used by %s", l.named(), who))
 	}
 	_, err = l.s.store.SetParent(l.named(), p.named())

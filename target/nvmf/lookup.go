@@ -15,3 +15,13 @@ func (t *Target) reachable(nqn string) (*subsystem, error) {
 
 // DiscoveryListeners are the addresses that were added for discovery, sorted.
 func (t *Target) DiscoveryListeners() []string { return t.discovery.addresses() }
+
+// Subsystem is the present state of one subsystem; the error is kind.NotFound, for
+// discovery too.
+func (t *Target) Subsystem(nqn string) (SubsystemInfo, error) {
+	s, err := t.subsystem(nqn)
+	if err != nil {
+		return SubsystemInfo{}, err
+	}
+	return s.info(), nil
+}
