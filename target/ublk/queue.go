@@ -78,6 +78,8 @@ const (
 	// threadPause is between looks whether the queue's thread has ended, which takes
 	// microseconds.
 	threadPause = 100 * time.Microsecond
+	// threadWait bounds that: the thread's number may by then be another's.
+	threadWait = 5 * time.Second
 	// noTag has a worker end.
 	noTag = 0xffff
 )
@@ -369,7 +371,7 @@ func (q *queue) finish() {
 // request at the same time. That request is never issued again, and the device stays in
 // the hands of a kernel worker that waits for it.
 func (q *queue) end() {
-	for unix.Tgkill(unix.Getpid(), q.thread, 0) == nil {
+	for deadline := time.Now().Add(threadWait); unix.Tgkill(unix.Getpid(), q.thread, 0) == nil && time.Now().Before(deadline); {
 		time.Sleep(threadPause)
 	}
 	if q.ring != nil {
