@@ -16,7 +16,7 @@ const firmware = "1"
 // adminCommand handles a command of the admin queue. None waits for a device.
 func (c *conn) adminCommand(cmd *nvme.Command, l nvme.Layout) error {
 	if !c.ctrl.ready() {
-		return c.refuse(cmd, l, nvme.SequenceError|nvme.DNR)
+		return c.refuse(cmd, l, c.ctrl.refusal())
 	}
 	if l.Length != 0 {
 		// No command that is supported takes data; Set Features of the host

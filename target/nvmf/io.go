@@ -70,7 +70,7 @@ func (c *conn) lookup(nsid uint32) *use {
 // plan checks an I/O command and says what it transfers.
 func (c *conn) plan(cmd *nvme.Command) (u *use, off int64, length int, s nvme.Status) {
 	if !c.ctrl.ready() {
-		return nil, 0, 0, nvme.SequenceError | nvme.DNR
+		return nil, 0, 0, c.ctrl.refusal()
 	}
 	switch cmd.Opcode {
 	case nvme.OpRead, nvme.OpWrite, nvme.OpCompare, nvme.OpFlush, nvme.OpWriteZeroes, nvme.OpDatasetManagement:

@@ -376,6 +376,18 @@ func (c *controller) ready() bool {
 	return c.live.Load()
 }
 
+// refusal is the status of a command that comes while the controller is not ready. One
+// that was dropped takes its connections along, and the host must do again elsewhere
+// what it asked of it: an error without a retry would reach its applications.
+func (c *controller) refusal() nvme.Status {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.dropped {
+		return nvme.AbortedSQDeletion
+	}
+	return nvme.SequenceError | nvme.DNR
+}
+
 // renew makes the controller another instance, as hosts tell them apart (Base 2.3, CIU
 // and CIRN). It is called with mu held, or before others know of c.
 func (c *controller) renew() {
