@@ -23,9 +23,9 @@ func netAims() (all []aim) {
 		aim{"NVMe/TCP, 32 writes at a time: IOPS", "io-nvme-randwrite-4k-qd32/shared-nothing/iops", 100e3, 0},
 		aim{"NVMe/TCP, 32 writes at a time: CPU seconds of the target per million", "io-nvme-randwrite-4k-qd32/shared-nothing/cpu", 0, 9},
 		aim{"an idle connection: CPU seconds of the target per second", "io-idle/shared-nothing/cpu", 0, 0.01},
-		aim{"allocations per read, NVMe/TCP", "io-nvme-randread-4k-qd32/shared-nothing/allocs", 0, 0.01},
-		aim{"allocations per read, NVMe/TCP, lvol", "io-lvol-nvme-randread-4k-qd32/shared-nothing/allocs", 0, 0.01},
-		aim{"allocations per read, NBD", "io-nbd-randread-4k-qd32/shared-nothing/allocs", 0, 0.01},
+		aim{"allocations per read, NVMe/TCP", "io-nvme-randread-4k-qd32/shared-nothing/allocs", 0, 0.02},
+		aim{"allocations per read, NVMe/TCP, lvol", "io-lvol-nvme-randread-4k-qd32/shared-nothing/allocs", 0, 0.02},
+		aim{"allocations per read, NBD", "io-nbd-randread-4k-qd32/shared-nothing/allocs", 0, 0.02},
 	)
 	for _, p := range netPatterns {
 		name := "io-nbd-" + p.name
