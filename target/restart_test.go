@@ -11,12 +11,14 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/target"
+	"github.com/thaw-project/thaw/target/bdev"
 	"github.com/thaw-project/thaw/target/rpc"
 )
 
@@ -70,14 +72,14 @@ func (l *lab) state() string {
 		l.into(&list, m, "")
 		slices.SortFunc(list, func(a, b json.RawMessage) int { return bytes.Compare(a, b) })
 		for _, one := range list {
-			fmt.Fprintf(&b, "%s: %s\n", m, cntlid.ReplaceAll(one, nil))
+			fmt.Fprintf(&b, "%s: %s\n", m, changing.ReplaceAll(one, nil))
 		}
 	}
 	return b.String()
 }
 
-// cntlid is what the far target chose.
-var cntlid = regexp.MustCompile(`"cntlid":[0-9]+,`)
+// changing is what the far target chooses, and what I/O changes.
+var changing = regexp.MustCompile(`"(cntlid|num_allocated_clusters|free_clusters)":[0-9]+,`)
 
 // TestPersist kills a target that keeps its configuration, and finds all of it again.
 // A host that stays connected sees a pause and no error.
@@ -105,21 +107,56 @@ func TestPersist(t *testing.T) {
 	l.call("nvmf_subsystem_allow_any_host", `{"nqn":"nqn.2014-08.org.example:open","allow_any_host":true}`)
 	h := connect(t, port)
 	d := l.open(h, "lvs/a")
+	stop := load(t, d, 8*mib, 4)
+	defer stop()
 	for round := range 4 {
 		write(t, d, int64(round)*mib, bytes.Repeat([]byte{byte('a' + round)}, mib))
 		before := l.state()
-		if round == 3 {
+		if round%2 == 1 {
 			l.proc.Process.Signal(syscall.SIGTERM)
 			l.stop()
 		} else {
 			l.kill()
 		}
 		l = spawn(t, root, true)
-		eventually(t, "all is restored", func() bool { return h.NvmeNamespaces() != nil && l.state() == before })
+		eventually(t, "all is restored", func() bool { return l.state() == before })
 		for i := range round + 1 {
 			expect(t, d, int64(i)*mib, mib, byte('a'+i))
 		}
 	}
+}
+
+// load writes blocks from off on and reads them back, on goroutines of its own, until the
+// returned function is called. An error or another's bytes fail the test.
+func load(t *testing.T, d bdev.Device, off int64, workers int) (stop func()) {
+	ended := make(chan struct{})
+	var wg sync.WaitGroup
+	for w := range workers {
+		wg.Go(func() {
+			want, got := make([]byte, 4096), make([]byte, 4096)
+			for i := 0; ; i++ {
+				select {
+				case <-ended:
+					t.Logf("worker %d did %d rounds", w, i)
+					return
+				default:
+				}
+				at := off + int64(w)*mib + int64(i%64)*4096
+				for j := range want {
+					want[j] = byte(i + j + w)
+				}
+				if _, err := d.WriteAt(want, at); err != nil {
+					t.Errorf("worker %d write %d: %v", w, i, err)
+					return
+				}
+				if n, err := d.ReadAt(got, at); n != len(got) || !bytes.Equal(got, want) {
+					t.Errorf("worker %d read %d: %d bytes, %v, or not what was written", w, i, n, err)
+					return
+				}
+			}
+		})
+	}
+	return sync.OnceFunc(func() { close(ended); wg.Wait() })
 }
 
 // TestPersistStorm kills a target at random moments between calls that create and
