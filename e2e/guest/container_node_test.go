@@ -146,5 +146,5 @@ func (n *node) start(t *testing.T, kind string) {
 // stop ends thaw server, which has nothing left to hold.
 func (n *node) stop(t *testing.T) {
 	t.Helper()
-	n.do(t, `kill -TERM $(cat /run/thaw.pid); await dead; await '! pgrep -f "thaw keeper"'`)
+	n.do(t, `kill -TERM $(cat /run/thaw.pid); await dead; await '! pgrep -f "[t]haw keeper"'`)
 }
