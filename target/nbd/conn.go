@@ -33,6 +33,7 @@ type conn struct {
 	// The reader's own.
 	in    *buffer // received bytes: in.b[r:w]
 	r, w  int
+	sips  bool      // see sip
 	out   *buffer   // the arena: replies in out.b[:out.end]
 	slots int       // made so far
 	vec   [1][]byte // for sending the arena
@@ -197,7 +198,7 @@ func (c *conn) fill(n int, mid bool) error {
 	}
 	// Replies leave when there is nothing to receive, so that many leave at once.
 	for c.out.end > 0 && c.w-c.r < n {
-		m := c.stream.tryRecv(c.in.b[c.w:])
+		m := c.stream.tryRecv(c.in.b[c.w:c.receiveEnd(n)])
 		if c.w += m; m > 0 {
 			continue
 		}
@@ -207,13 +208,25 @@ func (c *conn) fill(n int, mid bool) error {
 	}
 	var deadline time.Time
 	for c.w-c.r < n {
-		m, err := c.recv(c.in.b[c.w:], mid || c.w > c.r, &deadline)
+		m, err := c.recv(c.in.b[c.w:c.receiveEnd(n)], mid || c.w > c.r, &deadline)
 		if err != nil {
 			return err
 		}
 		c.w += m
 	}
 	return nil
+}
+
+// sip is how much is received with the header that may follow a long payload: a full
+// arena would hold the next payload, which goes to a buffer of its own, to be copied.
+const sip = 4 << 10
+
+// receiveEnd is how far the arena is filled, of which n bytes are needed.
+func (c *conn) receiveEnd(n int) int {
+	if c.sips {
+		return min(len(c.in.b), max(c.w+sip, c.r+n))
+	}
+	return len(c.in.b)
 }
 
 // recv reads into p. Between requests it waits as long as the peer likes, without
@@ -405,6 +418,7 @@ func (c *conn) readOwned(room []byte, req *nbd.Request, cost *engine.Cost) {
 func (c *conn) handleWrite(req *nbd.Request, cost *engine.Cost) error {
 	n := int(req.Length)
 	slow := c.handOff(cost)
+	c.sips = n > arenaBytes
 	if n <= arenaBytes && !slow {
 		if c.w-c.r < n {
 			if err := c.fill(n, true); err != nil {
