@@ -151,6 +151,9 @@ func New(options Options) (_ *Presenter, err error) {
 	if p.lock, err = runstate.Lock(options.StatePath, lockWait); err != nil {
 		return nil, fmt.Errorf("ublk: %w", err)
 	}
+	if err := blockdev.ServeThroughReclaim(); err != nil {
+		p.log.Debug("ublk: writable disks may stall when memory is short", "error", err)
+	}
 	if err := p.adopt(); err != nil {
 		return nil, errors.Join(fmt.Errorf("ublk: %w", err), p.Close())
 	}

@@ -375,8 +375,8 @@ func TestKernelExt4(t *testing.T) {
 	if err := mount.Ext4(ctx, d, target); err != nil {
 		t.Fatal(err)
 	}
-	fio := exec.Command("fio", "--name=e", "--directory="+target, "--ioengine=psync", "--rw=randwrite", "--bs=4k", "--size=4m", "--numjobs=2",
-		"--fsync=16", "--verify=crc32c", "--verify_fatal=1", "--loops=3")
+	fio := exec.Command("fio", "--name=e", "--directory="+target, "--ioengine=psync", "--rw=randwrite", "--bs=4k", "--size=2m", "--numjobs=2",
+		"--fsync=16", "--verify=crc32c", "--verify_fatal=1")
 	var out bytes.Buffer
 	fio.Stdout, fio.Stderr = &out, &out
 	if err := fio.Start(); err != nil {
