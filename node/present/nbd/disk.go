@@ -128,24 +128,26 @@ const kernelFlags = nbd.FlagHasFlags | nbd.FlagReadOnly | nbd.FlagSendFlush | nb
 	nbd.FlagSendWriteZeroes | nbd.FlagCanMultiConn
 
 // pair makes a connection with our server and returns its other end, in transmission,
-// for the kernel. gone is closed when nothing of it is left in this process.
-func (d *disk) pair() (end *os.File, e kernel.Export, gone chan struct{}, err error) {
+// for the kernel, what our server says of the disk, and a channel that is closed when
+// nothing of the connection is left in this process.
+func (d *disk) pair() (*os.File, kernel.Export, chan struct{}, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil, e, nil, fmt.Errorf("make a connection: %w", err)
+		return nil, kernel.Export{}, nil, fmt.Errorf("make a connection: %w", err)
 	}
 	ours, end := os.NewFile(uintptr(fds[0]), "nbd-server"), os.NewFile(uintptr(fds[1]), "nbd-client")
 	conn, err := net.FileConn(ours)
 	ours.Close()
 	if err != nil {
 		end.Close()
-		return nil, e, nil, fmt.Errorf("make a connection: %w", err)
+		return nil, kernel.Export{}, nil, fmt.Errorf("make a connection: %w", err)
 	}
-	gone = make(chan struct{})
+	gone := make(chan struct{})
 	go func() { // ends with the connection; Presenter.Close waits in server.Shutdown
 		defer close(gone)
 		d.p.server.ServeConn(conn)
 	}()
+	var e kernel.Export
 	tv := unix.NsecToTimeval(int64(handshakeWait))
 	err = errors.Join(unix.SetsockoptTimeval(fds[1], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv),
 		unix.SetsockoptTimeval(fds[1], unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv))
@@ -160,7 +162,7 @@ func (d *disk) pair() (end *os.File, e kernel.Export, gone chan struct{}, err er
 		unix.SetsockoptTimeval(fds[1], unix.SOL_SOCKET, unix.SO_SNDTIMEO, &never))
 	if err != nil {
 		end.Close()
-		return nil, e, nil, err
+		return nil, kernel.Export{}, nil, err
 	}
 	return end, e, gone, nil
 }
