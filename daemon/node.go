@@ -35,6 +35,12 @@ func (s *Server) openRemote(registry *prometheus.Registry) (err error) {
 	return s.openCache(registry)
 }
 
+// cacheUnit is what the cache fetches at a time: a cluster of a store. The kernel reads
+// around what is touched a little differently at each start, since that depends on what
+// has arrived when; with units of half the size one start in twenty misses what the one
+// before did not read, and the first start reads an eighth less.
+const cacheUnit = 64 << 10
+
 // openCache opens the cache of what other machines store. A node without it works, only
 // slower.
 func (s *Server) openCache(registry *prometheus.Registry) error {
@@ -42,7 +48,7 @@ func (s *Server) openCache(registry *prometheus.Registry) error {
 		return nil
 	}
 	c, err := cache.Open(cache.Options{
-		Dir: s.config.cacheDir(), SizeBytes: int64(s.config.Cache.Size), Logger: s.logger.With("part", "cache"), Registerer: registry,
+		Dir: s.config.cacheDir(), SizeBytes: int64(s.config.Cache.Size), UnitBytes: cacheUnit, Logger: s.logger.With("part", "cache"), Registerer: registry,
 		// The kernel above reads ahead as far as pays. Reading further by the reader's
 		// pace would fetch something else at each start of the same image.
 		ReadAheadBytes: -1,

@@ -102,8 +102,11 @@ type member struct {
 // nodeConfig is the configuration of a node whose link to the store is at address.
 func (c *cluster) nodeConfig(t *testing.T, name, more string) string {
 	files := c.issue(t, name)
+	// On a machine busy with other tests ten nodes at once need longer than the default.
 	return fmt.Sprintf(`
 roles = ["node"]
+[snapshotter]
+attach_timeout = "1m"
 [[remote]]
 name = %q
 attacher = %q
