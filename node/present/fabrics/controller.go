@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"strings"
 	"sync"
 	"time"
 
@@ -92,6 +94,9 @@ func (p *Presenter) connectPortal(ctx context.Context, e *Export, portal Portal)
 	if err := p.options.driver.Load(ctx, portal.Transport); err != nil {
 		return err
 	}
+	if portal.Transport == TransportTCP {
+		p.sendFromThreads(ctx)
+	}
 	// On record first: a controller of ours must not be taken for somebody else's.
 	err := p.update(func(_ map[string]record, links map[link]bool) { links[link{e.Subsystem, e.HostNQN, portal}] = true })
 	if err != nil {
@@ -106,6 +111,27 @@ func (p *Presenter) connectPortal(ctx context.Context, e *Export, portal Portal)
 	}
 	p.log.Info("fabrics: connected", "subsystem", e.Subsystem, "portal", portal.String())
 	return nil
+}
+
+// unboundSending is a parameter of the module nvme-tcp, below /sys.
+const unboundSending = "module/nvme_tcp/parameters/wq_unbound"
+
+// sendFromThreads keeps users of disks from being killed when a target goes away. Linux
+// sends a request from the process whose I/O it is, if it can at once, and without
+// MSG_NOSIGNAL: where the target has closed the connection that process gets SIGPIPE (seen
+// with Linux 6.12, several times in ten restarts of a target under load). With this
+// parameter only the kernel's threads send. It holds for connections made from then on.
+func (p *Presenter) sendFromThreads(ctx context.Context) {
+	now, err := fs.ReadFile(p.options.driver.Sys(), unboundSending)
+	if err == nil && strings.TrimSpace(string(now)) == "Y" {
+		return
+	}
+	if err == nil {
+		err = p.options.driver.Write(ctx, unboundSending, "Y")
+	}
+	if err != nil {
+		p.log.Warn("fabrics: a process that reads while its target goes away may get SIGPIPE: the kernel's "+unboundSending+" cannot be set", "err", err)
+	}
 }
 
 // rescan asks the kernel to look at what the subsystem of an export has now. It returns

@@ -2,6 +2,7 @@ package fabrics
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -40,6 +41,7 @@ type machine struct {
 	next     int
 	connects []string // guarded by mu: option strings
 	deletes  []string // guarded by mu
+	unbound  string   // guarded by mu: the module's parameter
 	silent   bool     // guarded by mu: no events
 	down     bool     // guarded by mu: the attacher does not answer
 	portals  []Portal
@@ -48,7 +50,7 @@ type machine struct {
 func newMachine() *machine {
 	return &machine{
 		ctrls: make(map[string]controller), drives: make(map[string]drive), attached: make(map[string]bool), busy: make(map[string]bool), refuse: make(map[string]syscall.Errno),
-		portals: []Portal{{TransportTCP, "10.0.0.1", "4420"}},
+		portals: []Portal{{TransportTCP, "10.0.0.1", "4420"}}, unbound: "N",
 	}
 }
 
@@ -123,6 +125,7 @@ func (m *machine) Sys() fs.FS {
 	defer m.mu.Unlock()
 	f := fstest.MapFS{"block/nvme7n1/size": {Data: []byte("8\n")}}
 	put := func(name, value string) { f[name] = &fstest.MapFile{Data: []byte(value + "\n")} }
+	put(unboundSending, m.unbound)
 	for _, c := range m.ctrls {
 		dir := "class/nvme/" + c.Name + "/"
 		put(dir+"subsysnqn", c.Subsystem)
@@ -148,6 +151,9 @@ func (m *machine) Sys() fs.FS {
 func (m *machine) Connect(_ context.Context, options string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if strings.Contains(options, "transport=tcp") && m.unbound != "Y" {
+		return errors.New("connected before the kernel was told to send from threads")
+	}
 	m.connects = append(m.connects, options)
 	o := make(map[string]string)
 	for part := range strings.SplitSeq(options, ",") {
@@ -173,9 +179,13 @@ func (m *machine) add(c controller) {
 	m.settle()
 }
 
-func (m *machine) Write(_ context.Context, name, _ string) error {
+func (m *machine) Write(_ context.Context, name, data string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if name == unboundSending {
+		m.unbound = data
+		return nil
+	}
 	parts := strings.Split(name, "/")
 	if _, ok := m.ctrls[parts[2]]; !ok {
 		return syscall.ENOENT
