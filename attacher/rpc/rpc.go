@@ -36,7 +36,21 @@ const (
 	// costs nothing: gRPC's own pauses, of up to two minutes, are for networks.
 	reconnectFirst = 100 * time.Millisecond
 	reconnectMost  = time.Second
+
+	// How long an attempt to connect over a network may take, handshake included. Attempts
+	// that are shorter than a handshake takes, on a slow network or to a busy store, never
+	// succeed; after longer ones it takes longer to notice that a network is back, since
+	// the kernel repeats what is lost after 1 and 3 s, and then after 7.
+	handshakeMost = 5 * time.Second
 )
+
+// connecting sets how long attempts to connect may take.
+func connecting(most time.Duration) grpc.DialOption {
+	return grpc.WithConnectParams(grpc.ConnectParams{
+		Backoff:           backoff.Config{BaseDelay: reconnectFirst, Multiplier: 1.6, Jitter: 0.2, MaxDelay: reconnectMost},
+		MinConnectTimeout: most,
+	})
+}
 
 // ServerOptions are the options of a server that serves attachers: limits,
 // keepalive, and handlers' errors by rpcerr.ToStatus.
@@ -64,10 +78,7 @@ func DialOptions() []grpc.DialOption {
 	return []grpc.DialOption{
 		grpc.WithTransportCredentials(insecure.NewCredentials()), // the socket's mode is the access control
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxMessageBytes), grpc.MaxCallSendMsgSize(MaxMessageBytes)),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: reconnectFirst, Multiplier: 1.6, Jitter: 0.2, MaxDelay: reconnectMost},
-			MinConnectTimeout: reconnectMost,
-		}),
+		connecting(reconnectMost),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveEvery, Timeout: keepaliveTimeout}),
 		grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 			return rpcerr.FromStatus(invoke(ctx, method, req, reply, cc, opts...))

@@ -93,7 +93,7 @@ func DialTLS(address string, f Files, more ...grpc.DialOption) (*grpc.ClientConn
 		MinVersion: tls.VersionTLS13, RootCAs: pool,
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return f.pair() },
 	}
-	options := append(DialOptions(), grpc.WithTransportCredentials(credentials.NewTLS(config)))
+	options := append(DialOptions(), grpc.WithTransportCredentials(credentials.NewTLS(config)), connecting(handshakeMost))
 	conn, err := grpc.NewClient("passthrough:///"+address, append(options, more...)...)
 	if err != nil {
 		return nil, fmt.Errorf("connect to attacher at %s: %w", address, err)
