@@ -36,6 +36,7 @@ type queue struct {
 	fetched int // commands that the kernel has
 	owned   int // requests that we have
 	slow    int // how many requests go to workers before the thread tries again
+	score   int // rises by slowWeight with a slow request, falls by 1 with another
 	used    bool
 
 	tasks   chan uint16 // tags for workers; holds all there are
@@ -61,11 +62,14 @@ const (
 	wakeTag = 1 << 32
 
 	// A request that takes longer than slowTime and slowTimePerByte keeps the queue
-	// waiting for longer than handing it to a worker costs. After one, slowRequests
-	// go to workers before the thread tries again: a device that got faster is
-	// noticed soon, and one that is slow costs the queue one wait in that many.
+	// waiting for longer than handing it to a worker costs. If more than one in
+	// slowWeight does, slowRequests go to workers before the thread tries again: a
+	// device that got faster is noticed soon, one that is slow costs the queue one wait
+	// in that many, and a rare one, of the machine or the device, changes nothing.
 	slowTime        = 50 * time.Microsecond
 	slowTimePerByte = time.Nanosecond
+	slowWeight      = 32
+	slowLimit       = 2 * slowWeight
 	slowRequests    = 256
 	// firstRequests go to workers because nothing is known of the device yet, and the
 	// first may have to open something.
@@ -145,7 +149,7 @@ func (q *queue) start() (err error) {
 	q.mu.Unlock()
 	q.tasks = make(chan uint16, q.depth+maxWorkers)
 	q.done, q.spare = make([]result, 0, q.depth), make([]result, 0, q.depth)
-	q.slow = firstRequests
+	q.slow, q.score = firstRequests, slowLimit-slowWeight+1
 	// All commands go in with one system call, which a signal does not split: before
 	// Linux 6.16, a process killed with a part of them in the kernel would leave a
 	// device that nobody can take over. The descriptors are mapped after that, see
@@ -263,11 +267,21 @@ func (q *queue) handle(tag uint16) {
 	}
 	begin := time.Now()
 	res := q.s.handle(d, q.buffer(tag))
-	if time.Since(begin) > slowTime+time.Duration(d.sectors)<<sectorShift*slowTimePerByte {
-		q.slow = slowRequests
-	}
+	q.judge(time.Since(begin) > slowTime+time.Duration(d.sectors)<<sectorShift*slowTimePerByte)
 	q.s.stats.ByQueue.Add(1)
 	q.commit(tag, res)
+}
+
+// judge takes note of whether a request that the thread handled was slow.
+func (q *queue) judge(slow bool) {
+	if !slow {
+		q.score = max(0, q.score-1)
+		return
+	}
+	q.score += slowWeight
+	if q.score > slowLimit {
+		q.slow, q.score = slowRequests, slowLimit-slowWeight+1 // the next slow one is enough
+	}
 }
 
 // desc is the request of tag.

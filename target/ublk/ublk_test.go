@@ -247,3 +247,39 @@ func FuzzHandle(f *testing.F) {
 		}
 	})
 }
+
+// TestJudge plays devices of different speed.
+func TestJudge(t *testing.T) {
+	play := func(slow func(i int) bool) (byQueue, slowByQueue int) {
+		q := &queue{score: slowLimit - slowWeight + 1}
+		for i := range 100000 {
+			if q.slow > 0 {
+				q.slow--
+				continue
+			}
+			byQueue++
+			s := slow(i)
+			if s {
+				slowByQueue++
+			}
+			q.judge(s)
+		}
+		return byQueue, slowByQueue
+	}
+	for name, c := range map[string]struct {
+		slow            func(i int) bool
+		least, most     int // requests handled by the queue's thread
+		mostSlowByQueue int
+	}{
+		"fast":          {func(int) bool { return false }, 100000, 100000, 0},
+		"slow":          {func(int) bool { return true }, 300, 400, 400},
+		"rarely slow":   {func(i int) bool { return i%100 == 99 }, 100000, 100000, 1000},
+		"often slow":    {func(i int) bool { return i*2654435761%7 == 0 }, 100, 20000, 2000},
+		"slow at first": {func(i int) bool { return i < 10000 }, 89000, 91000, 100},
+	} {
+		n, s := play(c.slow)
+		if n < c.least || n > c.most || s > c.mostSlowByQueue {
+			t.Errorf("%s: the thread handles %d requests, %d of them slow", name, n, s)
+		}
+	}
+}
