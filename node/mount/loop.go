@@ -244,6 +244,11 @@ func configure(device string, file *os.File, options LoopOptions) (*os.File, err
 		}
 		return nil, fmt.Errorf("configure %s for %s: %w", device, file.Name(), err)
 	}
+	if config.Info.Flags&unix.LO_FLAGS_READ_ONLY == 0 {
+		// Whoever had the number before may have set it read-only (blockdev --setro), which
+		// outlives the file. Should this fail, the mount says what is wrong.
+		_ = unix.IoctlSetPointerInt(int(loop.Fd()), unix.BLKROSET, 0)
+	}
 	return loop, nil
 }
 

@@ -209,6 +209,29 @@ func TestLoop(t *testing.T) {
 }
 
 // TestLoopRaces attaches many files at once, each by several callers.
+// TestLoopOfOneSetReadOnly: a device that its user before set read-only stays so until
+// told otherwise.
+func TestLoopOfOneSetReadOnly(t *testing.T) {
+	needRoot(t, "mke2fs", "mkfs.erofs", "blockdev")
+	ctx := context.Background()
+	_, disk := images(t)
+	for range 2 { // most likely the same device
+		device, err := AttachLoop(ctx, disk.Path, LoopOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ro, err := os.ReadFile("/sys/block/" + filepath.Base(device) + "/ro")
+		if err != nil || strings.TrimSpace(string(ro)) != "0" {
+			t.Errorf("%s is read-only: %q, %v", device, ro, err)
+		}
+		run(t, "blockdev", "--setro", device)
+		if err := DetachLoop(ctx, disk.Path); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { run(t, "blockdev", "--setrw", device) })
+	}
+}
+
 func TestLoopRaces(t *testing.T) {
 	needRoot(t)
 	dir := t.TempDir()
