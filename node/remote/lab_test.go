@@ -44,7 +44,6 @@ type store struct {
 	attach    string // address of the attacher
 	data      string // address of the target
 	running   bool
-	blocks    []string
 }
 
 func must(t testing.TB, err error) {
