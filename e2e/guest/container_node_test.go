@@ -34,19 +34,35 @@ server() {
 dead() { ! kill -0 $(cat /run/thaw.pid) 2>/dev/null; }
 thaw_snapshots() { thaw snapshot list --config /tmp/thaw.toml >/dev/null 2>&1; }
 
+# without MODULE...: unloads the modules, and they cannot be loaded again
+without() {
+	local m
+	mkdir -p /etc/modprobe.d
+	for m in $*; do echo "install $m /bin/false" >>/etc/modprobe.d/without.conf; done
+	for m in $*; do rmmod $m; done
+}
+
 # source_of PATH: what is mounted there
 source_of() { awk -v p="$1" '$5 == p { for (i = 7; $i != "-"; i++); print $(i+2), $(i+1) }' /proc/self/mountinfo | tail -n 1; }
 
 # passes ID: how often the container has read all of its data
 passes() { grep -c '^pass' /tmp/$1.log; }
 
-# stuck ID: a process of the container waits for a disk
+# stuck ID: a process of the container waits for a disk, and goes on waiting: writing
+# to a disk of the guest's own is over sooner
 stuck() {
-	local pid
+	local pid before
 	for pid in $(cat /sys/fs/cgroup/lab/$1/cgroup.procs); do
-		if grep -q '^State:.D' /proc/$pid/status 2>/dev/null; then return 0; fi
+		before=$(waiting $pid) || continue
+		sleep 1
+		if [ "$(waiting $pid)" = "$before" ]; then return 0; fi
 	done
 	return 1
+}
+# waiting PID: how often it has waited, if it waits for a disk now, or a FUSE server
+waiting() {
+	grep -q '^State:.D' /proc/$1/status 2>/dev/null || grep -q request_wait_answer /proc/$1/wchan 2>/dev/null || return 1
+	grep '^voluntary' /proc/$1/status
 }
 
 # devices: every disk that a presentation could have made, one a line
@@ -146,5 +162,9 @@ func (n *node) start(t *testing.T, kind string) {
 // stop ends thaw server, which has nothing left to hold.
 func (n *node) stop(t *testing.T) {
 	t.Helper()
-	n.do(t, `kill -TERM $(cat /run/thaw.pid); await dead; await '! pgrep -f "[t]haw keeper"'`)
+	n.do(t, `
+		kill -TERM $(cat /run/thaw.pid); await dead; await '! pgrep -f "[t]haw keeper"'
+		if dmesg | grep -E 'I/O error|WARNING|BUG:|Oops|hung task'; then exit 1; fi
+		if grep level=ERROR /tmp/thaw.log; then exit 1; fi`)
+	t.Logf("warnings of thaw server:\n%s", n.do(t, "grep level=WARN /tmp/thaw.log || true; rm /tmp/thaw.log"))
 }
