@@ -353,11 +353,13 @@ func testRemoteTen(t *testing.T, c *cluster) {
 	}
 	wg.Wait()
 	took := time.Since(begin)
-	var slowest time.Duration
+	var slowest launch.Timing
 	var errs []error
 	for _, o := range outcomes {
 		errs = append(errs, o.err)
-		slowest = max(slowest, o.timing.Total())
+		if o.timing.Total() > slowest.Total() {
+			slowest = o.timing
+		}
 	}
 	if err := errors.Join(errs...); err != nil {
 		t.Error(err)
@@ -370,5 +372,5 @@ func testRemoteTen(t *testing.T, c *cluster) {
 		}
 		wantNoLayers(t, b, members[i].Containerd.Root, "64k")
 	}
-	t.Logf("ten nodes were ready after %v, the slowest took %v", took, slowest)
+	t.Logf("ten nodes were ready after %v, the slowest: pull %v, create %v, ready %v", took, slowest.Pull, slowest.Create, slowest.Ready)
 }
