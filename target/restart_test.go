@@ -17,9 +17,9 @@ import (
 	"time"
 
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/spdk"
 	"github.com/thaw-project/thaw/target"
 	"github.com/thaw-project/thaw/target/bdev"
-	"github.com/thaw-project/thaw/target/rpc"
 )
 
 // TestKill kills a target as SPDK is killed: lvstores come back with the bdev, all else
@@ -256,7 +256,7 @@ func TestPersistStorm(t *testing.T) {
 				call = things[i].remove
 			}
 			_, err := l.try(call[0], call[1])
-			var e *rpc.Error
+			var e *spdk.Error
 			switch {
 			case errors.As(err, &e):
 				t.Fatalf("round %d: %v: %v", round, call, err)
@@ -442,7 +442,7 @@ func TestUnfinishedExternal(t *testing.T) {
 					{"bdev_lvol_delete", `{"name":"lvs/d"}`},
 				} {
 					_, err := victim.try(c[0], c[1])
-					var e *rpc.Error
+					var e *spdk.Error
 					if err != nil && !errors.As(err, &e) {
 						return
 					}

@@ -20,6 +20,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/thaw-project/thaw/spdk"
 	"github.com/thaw-project/thaw/target"
 	"github.com/thaw-project/thaw/target/rpc"
 )
@@ -155,13 +156,18 @@ func (l *lab) dump() {
 
 // try calls a method with parameters in JSON.
 func (l *lab) try(method, params string) (json.RawMessage, error) {
-	var raw json.RawMessage
+	var raw any
 	if params != "" {
 		raw = json.RawMessage(params)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	return rpc.Call(ctx, l.socket, method, raw)
+	c, err := spdk.New(spdk.Options{Socket: l.socket, Deadline: time.Minute, LongDeadline: time.Minute})
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	var result json.RawMessage
+	err = c.Call(context.Background(), method, raw, &result)
+	return result, err
 }
 
 // call is try for calls that must succeed. Arguments are formatted into params.
@@ -184,7 +190,7 @@ func (l *lab) fails(code int, method, params string, args ...any) {
 		params = fmt.Sprintf(params, args...)
 	}
 	r, err := l.try(method, params)
-	var e *rpc.Error
+	var e *spdk.Error
 	if !errors.As(err, &e) || e.Code != code {
 		l.t.Errorf("%s %s: %s %v, want code %d", method, params, r, err, code)
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/spdk"
 	"github.com/thaw-project/thaw/target"
 	"github.com/thaw-project/thaw/target/devnode"
 	"github.com/thaw-project/thaw/target/engine"
@@ -153,17 +154,20 @@ reason.`,
   thaw target call nvmf_get_subsystems --socket /var/tmp/spdk.sock`,
 		Args: exactArgs(1),
 		RunE: func(cmd *cobra.Command, a []string) error {
-			var raw json.RawMessage
+			var raw any
 			if params != "" {
-				if raw = json.RawMessage(params); !json.Valid(raw) || !strings.HasPrefix(strings.TrimSpace(params), "{") {
+				if raw = json.RawMessage(params); !json.Valid([]byte(params)) || !strings.HasPrefix(strings.TrimSpace(params), "{") {
 					return usage{fmt.Errorf("--params must be a JSON object, as '{\"name\":\"aio0\"}'")}
 				}
 			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
-			defer cancel()
-			result, err := rpc.Call(ctx, *socket, a[0], raw)
+			client, err := spdk.New(spdk.Options{Socket: *socket, Deadline: timeout, LongDeadline: timeout})
 			if err != nil {
-				return callError(a[0], err)
+				return usage{err}
+			}
+			defer client.Close()
+			var result json.RawMessage
+			if err := client.Call(cmd.Context(), a[0], raw, &result); err != nil {
+				return callError(err)
 			}
 			var text string
 			if !asJSON && json.Unmarshal(result, &text) == nil {
@@ -182,31 +186,20 @@ reason.`,
 	return cmd
 }
 
-// callError gives an answer that is an error the exit status that its code means.
-func callError(method string, err error) error {
-	var e *rpc.Error
-	if !errors.As(err, &e) {
+// callError gives an answer that is an error the exit status that its code means to
+// somebody at a shell, also where it has no sure kind.
+func callError(err error) error {
+	var e *spdk.Error
+	if !errors.As(err, &e) || kind.Of(err) != "" && e.Code != spdk.CodeMethodNotFound && e.Code != -int(syscall.EBUSY) {
 		return err
 	}
-	k := kind.Kind("")
 	switch e.Code {
-	case -int(syscall.ENODEV), -int(syscall.ENOENT):
-		k = kind.NotFound
-	case -int(syscall.EEXIST), -int(syscall.EBUSY), -int(syscall.EALREADY):
-		k = kind.Exists
-	case -int(syscall.EINVAL), rpc.CodeInvalidParams, rpc.CodeInvalidRequest, rpc.CodeMethodNotFound:
-		k = kind.Invalid
-	case -int(syscall.EPERM), -int(syscall.EACCES), -int(syscall.EROFS):
-		k = kind.Denied
-	case -int(syscall.ENOSPC), -int(syscall.ENOMEM):
-		k = kind.NoSpace
+	case -int(syscall.EBUSY), -int(syscall.EALREADY):
+		return kind.Wrap(kind.Exists, err)
+	case spdk.CodeInvalidParams, spdk.CodeInvalidRequest, spdk.CodeMethodNotFound:
+		return kind.Wrap(kind.Invalid, err)
+	case -int(syscall.EPERM):
+		return kind.Wrap(kind.Denied, err)
 	}
-	text := fmt.Errorf("%s: %w: the target's log says why", method, err)
-	if e.Code == rpc.CodeMethodNotFound {
-		text = fmt.Errorf("%s: %w: see 'thaw target call rpc_get_methods'", method, err)
-	}
-	if k == "" {
-		return text
-	}
-	return kind.Wrap(k, text)
+	return err
 }

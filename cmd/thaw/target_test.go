@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/thaw-project/thaw/target/rpc"
+	"github.com/thaw-project/thaw/spdk"
 )
 
 // run executes a command line and returns what it printed and its exit status.
@@ -41,8 +41,13 @@ func TestTarget(t *testing.T) {
 	call := func(args ...string) (string, int, error) {
 		return run(t.Context(), append([]string{"target", "call", "--socket", socket}, args...)...)
 	}
+	client, err := spdk.New(spdk.Options{Socket: socket})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if _, err := rpc.Call(t.Context(), socket, "framework_wait_init", nil); err == nil {
+		if err := client.FrameworkWaitInit(t.Context()); err == nil {
 			break
 		} else if time.Now().After(deadline) {
 			t.Fatal(err)

@@ -1,5 +1,5 @@
 // Package rpc is the JSON-RPC dialect that SPDK speaks over a Unix socket: a server
-// for tools written for SPDK, and a small client.
+// for tools written for SPDK. Package spdk is the client.
 //
 // The wire is a stream of JSON values with nothing between them. A client may send
 // several requests before it reads an answer and may close its sending side after the

@@ -260,27 +260,6 @@ func TestListen(t *testing.T) {
 	}
 }
 
-func TestCall(t *testing.T) {
-	path := serve(t, Options{})
-	r, err := Call(t.Context(), path, "echo", json.RawMessage(`{"a":[1,2]}`))
-	if err != nil || string(r) != `{"a":[1,2]}` {
-		t.Errorf("%s %v", r, err)
-	}
-	_, err = Call(t.Context(), path, "nosuch", nil)
-	var e *Error
-	if !errors.As(err, &e) || e.Code != CodeMethodNotFound {
-		t.Errorf("%v", err)
-	}
-	if _, err := Call(t.Context(), path+".no", "echo", nil); !errors.Is(err, kind.Unavailable) {
-		t.Errorf("%v", err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-	defer cancel()
-	if _, err := Call(ctx, path, "wait", nil); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("%v", err)
-	}
-}
-
 func TestDecode(t *testing.T) {
 	type inner struct {
 		X uint16 `json:"x"`

@@ -287,6 +287,10 @@ func (c *conn) send(p []byte) bool {
 	return err == nil
 }
 
+// maxAnswerBytes is about what a batch is answered with at most: SPDK sends at most
+// 32 MiB.
+const maxAnswerBytes = 32 << 20
+
 // answer handles one value and returns what to send, nil for nothing.
 func (c *conn) answer(raw json.RawMessage) []byte {
 	switch raw[0] {
