@@ -3,6 +3,8 @@ package spdk
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"syscall"
 
 	"github.com/thaw-project/thaw/kind"
 )
@@ -316,7 +318,12 @@ type NVMePath struct {
 // BdevNVMeGetControllers returns the controller of a name, or all when it is empty.
 // kind.NotFound when there is none of the name.
 func (c *Client) BdevNVMeGetControllers(ctx context.Context, name string) ([]NVMeController, error) {
-	return get[[]NVMeController](ctx, c, "bdev_nvme_get_controllers", struct {
+	list, err := get[[]NVMeController](ctx, c, "bdev_nvme_get_controllers", struct {
 		Name string `json:"name,omitempty"`
 	}{name})
+	var e *Error
+	if errors.As(err, &e) && name != "" && (e.Code == int(syscall.EINVAL) || e.Code == -int(syscall.EINVAL)) { // nothing else can be wrong; SPDK has the sign the wrong way round
+		err = kind.Wrap(kind.NotFound, err)
+	}
+	return list, err
 }

@@ -113,6 +113,9 @@ func TestMethods(t *testing.T) {
 
 	must[string](t)(c.BdevLvolCreateLvstore(ctx, spdk.LvolStoreCreateParams{BdevName: name, Name: "lvs", ClusterSizeBytes: 1 << 20}))
 	ok(c.BdevWaitForExamine(ctx))
+	if l := must[[]spdk.LvolStore](t)(c.BdevLvolGetLvstores(ctx, "")); len(l) != 1 {
+		t.Errorf("%+v", l)
+	}
 	if l := must[[]spdk.LvolStore](t)(c.BdevLvolGetLvstores(ctx, "lvs")); len(l) != 1 || l[0].ClusterSizeBytes != 1<<20 || l[0].BaseBdev != "m0" || l[0].FreeClusters == 0 {
 		t.Errorf("%+v", l)
 	}
@@ -192,6 +195,8 @@ func TestMethods(t *testing.T) {
 	if h := must[[]spdk.SubsystemController](t)(c.NvmfSubsystemGetControllers(ctx, nqn)); len(h) != 1 || h[0].HostNQN != nqn+"-host" {
 		t.Errorf("%+v", h)
 	}
+	_, err = c.BdevNVMeGetControllers(ctx, "no")
+	want(t, err, kind.NotFound)
 	ok(c.BdevNVMeDetachController(ctx, "r", spdk.TransportID{}))
 	ok(c.NvmfSubsystemRemoveListener(ctx, nqn, at))
 	ok(c.NvmfSubsystemRemoveHost(ctx, nqn, nqn+"-host"))

@@ -52,7 +52,11 @@ type lvstoreName struct {
 // BdevLvolGetLvstores returns the lvstore of a name, or all when it is empty.
 // kind.NotFound when there is none of the name.
 func (c *Client) BdevLvolGetLvstores(ctx context.Context, name string) ([]LvolStore, error) {
-	return get[[]LvolStore](ctx, c, "bdev_lvol_get_lvstores", lvstoreName{name})
+	var p any // an object without a name is refused
+	if name != "" {
+		p = lvstoreName{name}
+	}
+	return get[[]LvolStore](ctx, c, "bdev_lvol_get_lvstores", p)
 }
 
 // LvolCreateParams describe an lvol. Its lvstore is given by name or by UUID.
