@@ -1,8 +1,10 @@
 package daemon
 
 import (
+	"errors"
 	"net"
 
+	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 
@@ -13,6 +15,19 @@ import (
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/target/bdev"
 )
+
+// openExport opens a block for the exporter.
+func (s *Server) openExport(block string) (bdev.Device, uuid.UUID, error) {
+	device, err := s.store.OpenLvol(block, true)
+	if err != nil {
+		return nil, uuid.UUID{}, err
+	}
+	id, err := uuid.Parse(device.UUID())
+	if err != nil {
+		return nil, id, errors.Join(kind.Errorf(kind.Corrupt, "lvol %s: %w", block, err), device.Close())
+	}
+	return device, id, nil
+}
 
 // startStore brings up the attacher and, if configured, what serves other machines.
 func (s *Server) startStore(registry *prometheus.Registry) (err error) {
@@ -26,7 +41,7 @@ func (s *Server) startStore(registry *prometheus.Registry) (err error) {
 	if s.config.Exports() {
 		s.exporter, err = export.New(export.Options{
 			Store: s.store.Stat().UUID, Portals: s.config.Export.NVMeTCP, Logger: s.logger.With("part", "export"),
-			Open: func(block string) (bdev.Device, error) { return s.store.OpenLvol(block, true) },
+			Open: s.openExport,
 		})
 		if err != nil {
 			return err

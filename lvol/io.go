@@ -49,6 +49,9 @@ func (sc *scratch) clusterBuf(g *geometry) []byte {
 // SizeBytes is the virtual size.
 func (l *Lvol) SizeBytes() int64 { return l.v.size.Load() }
 
+// UUID is the lvol's, as in Info.
+func (l *Lvol) UUID() string { return l.v.uuid.String() }
+
 // ReadOnly tells whether this handle refuses writes.
 func (l *Lvol) ReadOnly() bool { return l.readOnly }
 

@@ -151,6 +151,12 @@ func (s Status) Kind() kind.Kind {
 	return kind.IO
 }
 
+// Refuses tells whether a Connect was answered by a target that has no such subsystem or
+// does not let the host in.
+func (s Status) Refuses() bool {
+	return s.Code() == ConnectInvalidParm || s.Code() == ConnectInvalidHost
+}
+
 // StatusOf maps an error of a device to a status. write tells which way the data
 // went. What a retry cannot change carries DNR.
 func StatusOf(err error, write bool) Status {

@@ -32,8 +32,9 @@ const TransportTCP = "nvme-tcp"
 type Options struct {
 	// Store is the UUID of the lvol store.
 	Store string
-	// Open opens a block read-only; the error is kind.NotFound when there is none.
-	Open func(block string) (bdev.Device, error)
+	// Open opens a block read-only and tells the UUID of its lvol; the error is
+	// kind.NotFound when there is none.
+	Open func(block string) (bdev.Device, uuid.UUID, error)
 	// Portals are the addresses to listen at, each an IP address with a port. One
 	// that is unspecified (0.0.0.0, ::) listens everywhere, and a node is told the address
 	// by which it reached the attacher.
@@ -41,6 +42,12 @@ type Options struct {
 	// Target has the limits of the NVMe/TCP target.
 	Target nvmf.Options
 	Logger *slog.Logger // nil is silence
+}
+
+// shown is a block as a node has it.
+type shown struct {
+	device bdev.Device
+	id     uuid.UUID // of the nvmeNamespace
 }
 
 // NVMe is an attacher.Exporter.
@@ -53,7 +60,7 @@ type NVMe struct {
 	restored bool             // listeners are there; set before anything is concurrent
 
 	mu      sync.Mutex
-	devices map[string]map[string]bdev.Device // guarded by mu: by node and block
+	devices map[string]map[string]shown // guarded by mu: by node and block
 }
 
 var _ attacher.Exporter = (*NVMe)(nil)
@@ -77,7 +84,7 @@ func New(o Options) (*NVMe, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &NVMe{o: o, store: identity.Store{UUID: id}, target: target, devices: make(map[string]map[string]bdev.Device)}, nil
+	return &NVMe{o: o, store: identity.Store{UUID: id}, target: target, devices: make(map[string]map[string]shown)}, nil
 }
 
 // Transport implements attacher.Exporter.
@@ -139,7 +146,7 @@ func (x *NVMe) lockNode(node string) func() {
 // show makes the block an nvmeNamespace of its node, whose subsystem it makes if need be.
 func (x *NVMe) show(e attacher.Export) error {
 	defer x.lockNode(e.Node)()
-	if x.device(e) != nil {
+	if _, ok := x.device(e); ok {
 		return nil
 	}
 	nqn := x.store.Subsystem(e.Node)
@@ -151,18 +158,18 @@ func (x *NVMe) show(e attacher.Export) error {
 	if err := x.target.AddHost(nqn, identity.HostNQN(e.Node)); err != nil && !errors.Is(err, kind.Exists) {
 		return err
 	}
-	device, err := x.o.Open(e.Block)
+	device, lvol, err := x.o.Open(e.Block)
 	if err == nil && !device.ReadOnly() {
 		err = errors.Join(kind.Errorf(kind.Invalid, "block %s is writable", e.Block), device.Close())
 	}
+	id := x.store.NvmeNamespace(lvol, e.Node)
 	if err == nil {
-		id := x.store.NvmeNamespace(e.Block, e.Node)
 		if _, err = x.target.AddNvmeNamespace(nqn, nvmf.NvmeNamespaceConfig{NSID: e.NSID, Device: device, Name: e.Block, UUID: id, NGUID: id, Adaptive: true}); err != nil {
 			err = errors.Join(err, device.Close())
 		}
 	}
 	if err == nil {
-		x.remember(e, device)
+		x.remember(e, shown{device: device, id: id})
 		if x.restored {
 			err = x.listen(nqn)
 		}
@@ -174,17 +181,18 @@ func (x *NVMe) show(e attacher.Export) error {
 	return err
 }
 
-func (x *NVMe) device(e attacher.Export) bdev.Device {
+func (x *NVMe) device(e attacher.Export) (shown, bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	return x.devices[e.Node][e.Block]
+	d, ok := x.devices[e.Node][e.Block]
+	return d, ok
 }
 
-func (x *NVMe) remember(e attacher.Export, d bdev.Device) {
+func (x *NVMe) remember(e attacher.Export, d shown) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.devices[e.Node] == nil {
-		x.devices[e.Node] = make(map[string]bdev.Device)
+		x.devices[e.Node] = make(map[string]shown)
 	}
 	x.devices[e.Node][e.Block] = d
 }
@@ -194,13 +202,13 @@ func (x *NVMe) Export(e attacher.Export, local string) (attacher.Exported, error
 	if err := x.show(e); err != nil {
 		return attacher.Exported{}, err
 	}
-	d := x.device(e)
-	if d == nil {
+	d, ok := x.device(e)
+	if !ok {
 		return attacher.Exported{}, kind.Errorf(kind.Unavailable, "it was withdrawn meanwhile")
 	}
 	out := attacher.Exported{
 		Subsystem: x.store.Subsystem(e.Node), HostNQN: identity.HostNQN(e.Node), HostID: identity.HostID(e.Node).String(),
-		UUID: x.store.NvmeNamespace(e.Block, e.Node).String(), SizeBytes: d.SizeBytes(),
+		UUID: d.id.String(), SizeBytes: d.device.SizeBytes(),
 	}
 	for _, p := range x.portals {
 		address := p.Addr().String()
@@ -215,8 +223,8 @@ func (x *NVMe) Export(e attacher.Export, local string) (attacher.Exported, error
 // Withdraw implements attacher.Exporter.
 func (x *NVMe) Withdraw(e attacher.Export) error {
 	defer x.lockNode(e.Node)()
-	d := x.device(e)
-	if d == nil {
+	d, ok := x.device(e)
+	if !ok {
 		return nil
 	}
 	nqn := x.store.Subsystem(e.Node)
@@ -230,7 +238,7 @@ func (x *NVMe) Withdraw(e attacher.Export) error {
 		delete(x.devices, e.Node)
 	}
 	x.mu.Unlock()
-	err := d.Close()
+	err := d.device.Close()
 	if last {
 		if derr := x.target.DeleteSubsystem(nqn); !errors.Is(derr, kind.NotFound) {
 			err = errors.Join(err, derr)
@@ -260,7 +268,7 @@ func (x *NVMe) Close() error {
 	defer x.mu.Unlock()
 	for _, blocks := range x.devices {
 		for _, d := range blocks {
-			errs = append(errs, d.Close())
+			errs = append(errs, d.device.Close())
 		}
 	}
 	clear(x.devices)

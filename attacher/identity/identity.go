@@ -1,7 +1,7 @@
 // Package identity derives every name under which a store shows a block to a node: NQNs,
 // host identifier, serial number, nvmeNamespace UUID and NGUID.
 //
-// All follow from the store, the node and the block alone, so that a retry, a restart
+// All follow from the store, the node and the block's lvol alone, so that a retry, a restart
 // and whoever cleans up agree on what belongs to whom (design decision 6). The names
 // of two stores never collide, so a node may read the same block from both. The
 // package must not know who uses the names.
@@ -63,8 +63,10 @@ func (s Store) Serial(node string) string {
 	return hex.EncodeToString(sum[:10])
 }
 
-// NvmeNamespace is the UUID of the nvmeNamespace that shows block to node, and, as the
-// same 16 bytes, its NGUID.
-func (s Store) NvmeNamespace(block, node string) uuid.UUID {
-	return uuid.NewSHA1(s.UUID, []byte("namespace\x00"+block+"\x00"+node))
+// NvmeNamespace is the UUID of the nvmeNamespace that shows a block to node, and, as the
+// same 16 bytes, its NGUID. It follows from the UUID of the block's lvol and not from the
+// block's name: a block that is deleted and made again holds other bytes under the same
+// name, and a node that still reads the old one must not find the new one in its place.
+func (s Store) NvmeNamespace(lvol uuid.UUID, node string) uuid.UUID {
+	return uuid.NewSHA1(s.UUID, []byte("namespace\x00"+lvol.String()+"\x00"+node))
 }

@@ -19,7 +19,7 @@ func TestGolden(t *testing.T) {
 		s.Subsystem("node-1"):     "nqn.2025-01.io.github.thaw-project:9e762855-72b8-505a-b08e-efa7cafc8d29:node-1",
 		HostID("node-1").String(): "591b0cf8-1054-58d7-98b1-861b77e3ad87",
 		s.Serial("node-1"):        "1855ad138430d59fe95e",
-		s.NvmeNamespace("soldier-9e762855-72b8-505a-b08e-efa7cafc8d29", "node-1").String(): "cb287509-8c18-5156-bd55-fc30539ea80f",
+		s.NvmeNamespace(uuid.MustParse("0b7a9f5e-5e0e-4d3b-9a59-0f9f0c1d2e3f"), "node-1").String(): "1a762664-f4e5-5d3e-970d-4b40dad786ec",
 	} {
 		if got != want {
 			t.Errorf("%s, want %s", got, want)
@@ -34,9 +34,10 @@ func TestGolden(t *testing.T) {
 
 func TestDistinct(t *testing.T) {
 	a, b := Store{uuid.New()}, Store{uuid.New()}
+	x, y := uuid.New(), uuid.New()
 	seen := map[string]bool{}
 	for _, name := range []string{
-		a.NvmeNamespace("x", "n").String(), a.NvmeNamespace("y", "n").String(), a.NvmeNamespace("x", "m").String(), b.NvmeNamespace("x", "n").String(),
+		a.NvmeNamespace(x, "n").String(), a.NvmeNamespace(y, "n").String(), a.NvmeNamespace(x, "m").String(), b.NvmeNamespace(x, "n").String(),
 		a.Subsystem("n"), a.Subsystem("m"), b.Subsystem("n"), a.Anchor(), b.Anchor(), a.Serial("n"), a.Serial("m"), b.Serial("n"),
 		HostNQN("n"), HostNQN("m"), HostID("n").String(), HostID("m").String(),
 	} {

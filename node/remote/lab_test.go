@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
 
@@ -97,7 +98,13 @@ func (s *store) start() {
 	var err error
 	s.exporter, err = export.New(export.Options{
 		Store: s.lvols.Stat().UUID, Portals: []string{s.data},
-		Open: func(block string) (bdev.Device, error) { return s.lvols.OpenLvol(block, true) },
+		Open: func(block string) (bdev.Device, uuid.UUID, error) {
+			d, err := s.lvols.OpenLvol(block, true)
+			if err != nil {
+				return nil, uuid.UUID{}, err
+			}
+			return d, uuid.MustParse(d.UUID()), nil
+		},
 	})
 	must(s, err)
 	s.attacher, err = attacher.New(attacher.Options{

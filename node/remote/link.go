@@ -56,6 +56,9 @@ func newLink(t *target, rec record) (*link, error) {
 		KeepAlive: keepAlive, IOTimeout: ioTimeout, ConnectTimeout: connectTimeout,
 		ReconnectDelay: reconnectFirst, ReconnectMax: reconnectMost, LossTimeout: t.o.LossTimeout,
 		Changed: l.notify, Log: t.log,
+		// The store answers and knows nothing of this node: its attachments were taken
+		// away. Reads wait in the host meanwhile, so the sweeper has to find out.
+		Refused: func(error) { t.wake(true) },
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	l.cancel = cancel

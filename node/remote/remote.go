@@ -309,8 +309,9 @@ func (r *Remote) put(targetName, block string, rec record, m *attacherv1.BlockMa
 	if ok && old.equal(rec) && m == nil {
 		return nil
 	}
-	if ok && old.SizeBytes != rec.SizeBytes {
-		return kind.Errorf(kind.Corrupt, "block %s of target %s has %d bytes now and had %d: blocks never change", block, targetName, rec.SizeBytes, old.SizeBytes)
+	if ok && (old.SizeBytes != rec.SizeBytes || old.UUID != rec.UUID) {
+		// Whoever has it mounted, and its map, mean the one that is gone.
+		return kind.Errorf(kind.Corrupt, "block %s of target %s was deleted there and made again while it is in use here: stop the containers that use it and start them again", block, targetName)
 	}
 	if err := putRecord(r.db, targetName, block, rec, m); err != nil {
 		return err

@@ -250,7 +250,57 @@ func TestAttachmentLostAtTheStore(t *testing.T) {
 	}
 }
 
+// TestSubsystemLostAtTheStore: the last block that an operator takes away takes the
+// subsystem along, so that the node is refused when it connects.
+func TestSubsystemLostAtTheStore(t *testing.T) {
+	s := newStore(t)
+	one := s.image(1)
+	n := s.node("node-a")
+	must(t, n.attachBlock(one))
+	n.check(one, 1)
+	_, err := s.attacher.DetachBlock(t.Context(), &attacherv1.DetachBlockRequest{Node: "node-a", Block: one})
+	must(t, err)
+	n.check(one, 1)
+}
+
 // TestOrphans: what a store has for a node that nobody there uses goes when it starts.
+// TestBlockMadeAgain: under the name of a block that a node reads there is another one
+// all of a sudden. The node must get errors and not a mixture of the two.
+func TestBlockMadeAgain(t *testing.T) {
+	s := newStore(t)
+	n := s.node("node-1")
+	block := s.image(1)
+	must(t, n.attachBlock(block))
+	n.check(block, 1)
+	before, err := n.Map(targetName, block)
+	must(t, err)
+
+	ctx := context.Background()
+	_, err = s.attacher.DetachBlock(ctx, &attacherv1.DetachBlockRequest{Block: block, Node: "node-1"})
+	must(t, err)
+	_, err = s.attacher.DeleteImage(ctx, &attacherv1.DeleteImageRequest{Reference: "registry/image:1"})
+	must(t, err)
+	must(t, s.lvols.Delete(block)) // made by hand, so not the attacher's to delete
+	must(t, s.lvols.Delete(strings.Replace(block, "soldier", "global", 1)))
+	s.image(1)
+
+	d, err := n.Open(targetName, block)
+	must(t, err)
+	defer d.Close()
+	if _, err := d.ReadAt(make([]byte, 4096), 0); kind.Of(err) != kind.IO || !strings.Contains(err.Error(), "made again") {
+		t.Fatalf("a read of the block that is gone: %v", err)
+	}
+	n.use(block, false)
+	eventually(t, "nobody has it attached", func() bool { return len(s.attachments()) == 0 })
+	must(t, n.attachBlock(block))
+	n.check(block, 1)
+	after, err := n.Map(targetName, block)
+	must(t, err)
+	if before[0].Owner == after[0].Owner {
+		t.Fatal("two blocks have one owner")
+	}
+}
+
 func TestOrphans(t *testing.T) {
 	s := newStore(t)
 	one, two := s.image(1), s.image(2)

@@ -74,6 +74,11 @@ type Config struct {
 	// must not block.
 	Changed func()
 
+	// Refused, when set, is called when a target answers and says that it has no such
+	// subsystem or does not let this host in. The host tries again all the same. It
+	// must not block.
+	Refused func(err error)
+
 	Log *slog.Logger // default: none
 }
 
@@ -241,6 +246,10 @@ func (h *Host) run(ctx context.Context, portal int, addr string, first chan<- er
 			h.c.Log.Warn("path is down", "subsystem", h.c.SubNQN, "portal", addr, "err", err)
 		} else if ctx.Err() == nil {
 			h.c.Log.Warn("path does not connect", "subsystem", h.c.SubNQN, "portal", addr, "again", delay, "err", err)
+			var status *nvme.StatusError
+			if h.c.Refused != nil && errors.As(err, &status) && status.Status.Refuses() {
+				h.c.Refused(err)
+			}
 		}
 		// Hosts that lost a target together come back apart.
 		select {
