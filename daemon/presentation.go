@@ -181,7 +181,7 @@ func (s *Server) presentation(ctx context.Context, c *choose.Candidate, registry
 	case choose.Ublk:
 		presenter, err = ublk.New(ublk.Options{StatePath: state, Open: s.open, Logger: logger, Registerer: registry})
 	case choose.NBD:
-		presenter, err = nbd.New(ctx, nbd.Options{StatePath: state, Open: s.open, DeadTimeout: s.lossTimeout(), Logger: logger, Registerer: registry})
+		presenter, err = nbd.New(ctx, nbd.Options{StatePath: state, Open: s.open, Interrupt: s.closeRemote, DeadTimeout: s.lossTimeout(), Logger: logger, Registerer: registry})
 	}
 	if err == nil {
 		c.Presenter = presenter

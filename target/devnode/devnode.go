@@ -16,6 +16,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"time"
@@ -38,6 +39,9 @@ const (
 
 	// drainWait bounds how long Close waits for requests under way.
 	drainWait = 30 * time.Second
+
+	// tuneWait bounds the child that writes one file of sysfs.
+	tuneWait = 5 * time.Second
 )
 
 // Options configures New.
@@ -152,6 +156,7 @@ func (n *Nodes) StartUblk(ctx context.Context, id, queues, depth uint32, v targe
 		if err == nil {
 			n.log.Info("device node taken over", "path", s.Path())
 			n.ublk[id] = s
+			n.tune(ctx, s)
 			return nil
 		}
 		if !errors.Is(err, kind.NotFound) {
@@ -169,7 +174,23 @@ func (n *Nodes) StartUblk(ctx context.Context, id, queues, depth uint32, v targe
 		return errors.Join(err, s.Stop(ctx))
 	}
 	n.ublk[id] = s
+	n.tune(ctx, s)
 	return nil
+}
+
+// tune has the kernel notice sooner that this process is gone. It writes from a child
+// process, because the kernel may make the writer wait for requests that this one serves.
+func (n *Nodes) tune(ctx context.Context, s *ublk.Server) {
+	path, data := s.Tuning()
+	if path == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, tuneWait)
+	defer cancel()
+	write := exec.CommandContext(ctx, "/bin/sh", "-c", `printf %s "$2" > "$1"`, "sh", path, data)
+	if out, err := write.CombinedOutput(); err != nil {
+		n.log.Warn("the end of this process under full load will be noticed after 30 s only", "path", path, "error", err, "output", string(out))
+	}
 }
 
 // StopUblk implements target.Kernel.
@@ -178,8 +199,11 @@ func (n *Nodes) StopUblk(ctx context.Context, id uint32) error {
 	if s == nil {
 		return kind.Errorf(kind.NotFound, "ublk device %d is not shown", id)
 	}
+	if err := s.Stop(ctx); err != nil {
+		return err // requests hang: it can be tried again
+	}
 	delete(n.ublk, id)
-	return s.Stop(ctx)
+	return nil
 }
 
 // Close implements target.Kernel.
