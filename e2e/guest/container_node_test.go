@@ -24,12 +24,14 @@ const nodePath = "/run/node.sh"
 const nodeScript = `
 export PATH=/host/bin:$PATH CONTAINERD_ADDRESS=/run/c.sock CONTAINERD_NAMESPACE=lab
 
-# server: starts thaw server and waits until it answers
+# server: starts thaw server and waits until it answers, containerd too: that dials a
+# snapshotter that was away with pauses of its own
 server() {
 	setsid thaw server --config /tmp/thaw.toml >>/tmp/thaw.log 2>&1 &
 	echo $! >/run/thaw.pid
 	await 'thaw_snapshots || dead'
 	! dead || { tail -n 30 /tmp/thaw.log; return 1; }
+	await 'ctr snapshots --snapshotter thaw usage >/dev/null 2>&1'
 }
 dead() { ! kill -0 $(cat /run/thaw.pid) 2>/dev/null; }
 thaw_snapshots() { thaw snapshot list --config /tmp/thaw.toml >/dev/null 2>&1; }

@@ -188,7 +188,8 @@ func (n *node) wantPasses(t *testing.T) {
 		done`)
 }
 
-// removeContainers checks what they wrote, and removes them.
+// removeContainers checks what they wrote, and removes them. containerd takes snapshots
+// away some time after it says so, and does not try again when the snapshotter is away.
 func (n *node) removeContainers(t *testing.T) {
 	t.Helper()
 	n.do(t, `
@@ -197,7 +198,8 @@ func (n *node) removeContainers(t *testing.T) {
 			grep -qx changed $root/data/greeting; [ ! -e $root/data/gone ]; [ $(cat $root/data/written) -ge 1 ]
 			ctr task rm -f $id >/dev/null || true # says how it ended
 			ctr container rm $id
-		done`)
+		done
+		await 'thaw snapshot list --config /tmp/thaw.toml >/tmp/snapshots && ! grep -q active /tmp/snapshots'`)
 }
 
 // teardown takes away what a killed server left, with images and without containers, and
