@@ -87,6 +87,7 @@ var rules = []rule{
 		why: "a dialect knows requests and answers, not what they do"},
 	{from: "spdk", forbid: []string{"google.golang.org/grpc", "target", "lvol", "qcow2", "node", "attacher", "opi", "nvme", "image", "daemon"},
 		why: "a client knows the methods, not who answers them nor what for"},
+	{from: "opi", forbid: []string{"lvol", "qcow2", "target", "node", "attacher", "image", "nvme", "daemon"}, why: "the bridge knows SPDK by its methods only"},
 	{from: "target", forbid: []string{"spdk", "opi"}, why: "who answers knows no client"},
 	{from: "target/malloc", forbid: []string{"lvol", "qcow2", "node", "attacher", "nvme", "nbd"}, why: "a device knows nobody who uses it"},
 	{from: "target/devnode", direct: true, forbid: []string{"lvol", "qcow2", "nvme", "attacher", "node"}, why: "it shows devices and knows no methods"},

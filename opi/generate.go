@@ -1,0 +1,3 @@
+package opi
+
+//go:generate protoc -I ../api --go_out=../api --go_opt=paths=source_relative --go-grpc_out=../api --go-grpc_opt=paths=source_relative lvol/v1/lvol.proto
