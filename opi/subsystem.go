@@ -15,11 +15,14 @@ import (
 
 // A subsystem is "nvmeSubsystems/{NQN}".
 
-// subsystem reads one. Whatever code the target has for none, it is kind.NotFound.
+// subsystem reads one: kind.NotFound when there is none.
 func (b *Bridge) subsystem(ctx context.Context, nqn string) (*spdk.Subsystem, error) {
 	list, err := b.spdk.NvmfGetSubsystems(ctx, nqn)
 	var e *spdk.Error
-	if err != nil && !errors.As(err, &e) {
+	if errors.As(err, &e) { // versions differ in the code for none, which must not be taken for another failure
+		list, err = b.spdk.NvmfGetSubsystems(ctx, "")
+	}
+	if err != nil {
 		return nil, err
 	}
 	for i := range list {

@@ -67,6 +67,11 @@ func bridgeChild(ctx context.Context, root string) error {
 }
 
 func serveTarget(root string, persist bool) (stop func() error, err error) {
+	return serveMethods(root, persist, func(m map[string]rpc.Method) map[string]rpc.Method { return m })
+}
+
+// serveMethods serves what change makes of the target's methods.
+func serveMethods(root string, persist bool, change func(map[string]rpc.Method) map[string]rpc.Method) (stop func() error, err error) {
 	t, err := target.New(target.Options{Root: filepath.Join(root, "t"), Persist: persist, RetryInterval: 50 * time.Millisecond})
 	if err != nil {
 		return nil, err
@@ -75,7 +80,7 @@ func serveTarget(root string, persist bool) (stop func() error, err error) {
 	if err != nil {
 		return nil, errors.Join(err, t.Close())
 	}
-	s := rpc.Serve(l, rpc.Options{Methods: t.Methods()})
+	s := rpc.Serve(l, rpc.Options{Methods: change(t.Methods())})
 	return func() error { return errors.Join(s.Close(), t.Close()) }, nil
 }
 
