@@ -22,7 +22,7 @@ import (
 )
 
 var (
-	rounds = flag.Int("rounds", 150, "operations of a random test")
+	rounds = flag.Int("rounds", 100, "operations of a random test")
 	seed   = flag.Uint64("seed", 0, "seed of a random test; 0 chooses one")
 )
 
@@ -305,37 +305,31 @@ func random(t *testing.T, root string, victims ...*process) {
 	m := &model{volumes: map[string]bool{}, lvols: map[string]string{}, snapshots: map[string]bool{}, subsystems: map[string]map[string]string{}, listeners: map[string]bool{}}
 	ports := []string{freePort(t), freePort(t)}
 
-	var killer sync.WaitGroup
-	done := make(chan struct{})
-	kills := 0
-	killer.Go(func() {
-		k := rand.New(rand.NewPCG(s, 2))
-		for len(victims) > 0 {
-			select {
-			case <-done:
-				return
-			case <-time.After(time.Duration(k.IntN(40)) * time.Millisecond):
-			}
-			v := victims[k.IntN(len(victims))]
-			v.kill()
-			v.start()
-			kills++
-		}
-	})
-	defer func() {
-		killer.Wait()
-		t.Logf("%d operations, %d kills", *rounds, kills)
-	}()
-	defer sync.OnceFunc(func() { close(done) })()
+	// At every other operation somebody is killed, at some moment of it or soon after.
+	k, kills := rand.New(rand.NewPCG(s, 2)), 0
+	var killing sync.WaitGroup
+	defer killing.Wait()
+	kill := func() {
+		time.Sleep(time.Duration(k.IntN(3000)) * time.Microsecond)
+		v := victims[k.IntN(len(victims))]
+		v.kill()
+		v.start()
+	}
 	for i := range *rounds {
 		o := m.next(l, r, ports)
+		if r.IntN(2) == 0 {
+			kills++
+			killing.Go(kill)
+		}
 		repeat(t, fmt.Sprintf("%d: %s", i, o.what), o.call)
+		killing.Wait()
 		o.effect()
 		if i%20 == 19 {
 			m.check(t, l)
 		}
 	}
 	m.check(t, l)
+	t.Logf("%d operations, %d kills", *rounds, kills)
 }
 
 // TestKillBridge kills the bridge in the middle of random operations.

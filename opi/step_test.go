@@ -133,7 +133,7 @@ func TestEveryStep(t *testing.T) {
 	defer stopBridge()
 	l := newLab(t, behind)
 	life(t, l, freePort(t)) // unhurt
-	step := 3 // a sample, unless all are asked for
+	step := 3               // a sample, unless all are asked for
 	if os.Getenv("THAW_TEST_EVERY_STEP") != "" {
 		step = 1
 	}

@@ -194,7 +194,8 @@ func (p *process) start() {
 	p.cmd.Env = append(os.Environ(), p.env+"="+p.root)
 	p.cmd.Stderr = os.Stderr
 	if err := p.cmd.Start(); err != nil {
-		p.t.Fatal(err)
+		p.t.Error(err) // it may be another goroutine's test
+		return
 	}
 	ended := make(chan struct{})
 	p.ended = ended
@@ -217,8 +218,12 @@ func (p *process) start() {
 }
 
 func (p *process) kill() {
-	p.cmd.Process.Signal(syscall.SIGKILL) // it may have ended
-	<-p.ended
+	if p.cmd.Process != nil {
+		p.cmd.Process.Signal(syscall.SIGKILL) // it may have ended
+	}
+	if p.ended != nil {
+		<-p.ended
+	}
 }
 
 func must[R any](t testing.TB) func(R, error) R {
