@@ -243,6 +243,7 @@ func (b *Bridge) CloneVolume(ctx context.Context, r *lvolv1.CloneVolumeRequest) 
 	if err != nil {
 		return nil, err
 	}
+	ours := false
 	made, err := ensure(func() (*lvol, error) { return b.lvol(ctx, s.Name, r.GetLvolId()) }, func(have *lvol) error {
 		if !have.IsEsnapClone || have.bdev != nil && !b.isBdev(ctx, have.detail().ExternalSnapshotName, parent) {
 			return kind.Errorf(kind.Exists, "%s exists and is no clone of %s: delete it first", have.name(), volumeName(parent))
@@ -255,14 +256,18 @@ func (b *Bridge) CloneVolume(ctx context.Context, r *lvolv1.CloneVolumeRequest) 
 		if _, err := b.spdk.BdevLvolCloneBdev(ctx, parent.UUID, s.Name, r.LvolId); err != nil {
 			return err
 		}
+		ours = true
 		return b.spdk.BdevWaitForExamine(ctx)
 	})
 	if err != nil {
 		return nil, err
 	}
 	if made.bdev == nil { // SPDK answers success
-		err := kind.Errorf(kind.InUse, "%s is a degraded clone of %s: the target does not find its parent by UUID %s", made.name(), volumeName(parent), parent.UUID)
-		return nil, errors.Join(err, b.spdk.BdevLvolDelete(ctx, made.alias()))
+		err := kind.Errorf(kind.InUse, "%s is a degraded clone: the target does not find its parent, which was to be %s with UUID %s", made.name(), volumeName(parent), parent.UUID)
+		if ours { // one that was there may hold somebody's data
+			err = kind.Wrap(kind.InUse, errors.Join(err, b.spdk.BdevLvolDelete(ctx, made.alias())))
+		}
+		return nil, err
 	}
 	return made.proto(), nil
 }

@@ -226,6 +226,7 @@ func TestExternal(t *testing.T) {
 	if e := get(); !e.Degraded || e.Uuid != made.Uuid {
 		t.Errorf("%v", e)
 	}
+	want[*lvolv1.Lvol](t, codes.FailedPrecondition)(clone("m0")) // which must not cost what is there
 	if r := must[*lvolv1.ListLvolsResponse](t)(l.lvol.ListLvols(ctx, &lvolv1.ListLvolsRequest{Parent: store})); len(r.Lvols) != 1 || !r.Lvols[0].Degraded {
 		t.Errorf("%v", r)
 	}

@@ -116,6 +116,7 @@ func (c *Client) Call(ctx context.Context, method string, params, result any) er
 	c.calls.Add(1)
 	c.mu.Unlock()
 	defer c.calls.Done()
+	began := time.Now() // before the deadline is set: who reaches it has waited for all of it
 	call := c.callShared
 	most := c.o.Deadline
 	if w, ok := params.(waiter); ok && w.waits() || longMethods[method] {
@@ -127,9 +128,9 @@ func (c *Client) Call(ctx context.Context, method string, params, result any) er
 	defer end(nil)
 	stop := context.AfterFunc(c.ctx, func() { end(errClosed) })
 	defer stop()
-	raw, err := call(ctx, method, params)
+	raw, err := call(ctx, began, method, params)
 	if err != nil && reads(method) && ctx.Err() == nil && errors.Is(err, kind.Unavailable) && Unanswered(err) {
-		raw, err = call(ctx, method, params)
+		raw, err = call(ctx, began, method, params)
 	}
 	if err != nil {
 		return c.describe(method, err)
@@ -172,7 +173,7 @@ func reads(method string) bool {
 }
 
 // callShared calls on the connection that all have in common.
-func (c *Client) callShared(ctx context.Context, method string, params any) (json.RawMessage, error) {
+func (c *Client) callShared(ctx context.Context, began time.Time, method string, params any) (json.RawMessage, error) {
 	select {
 	case c.slots <- struct{}{}:
 	case <-ctx.Done():
@@ -185,7 +186,7 @@ func (c *Client) callShared(ctx context.Context, method string, params any) (jso
 		release()
 		return nil, err
 	}
-	raw, err := n.do(ctx, method, params, release)
+	raw, err := n.do(ctx, began, method, params, release)
 	if ctx.Err() != nil {
 		c.dropStuck()
 	}
@@ -193,7 +194,7 @@ func (c *Client) callShared(ctx context.Context, method string, params any) (jso
 }
 
 // callAlone calls on a connection of its own.
-func (c *Client) callAlone(ctx context.Context, method string, params any) (json.RawMessage, error) {
+func (c *Client) callAlone(ctx context.Context, began time.Time, method string, params any) (json.RawMessage, error) {
 	select {
 	case c.long <- struct{}{}:
 		defer func() { <-c.long }()
@@ -206,7 +207,7 @@ func (c *Client) callAlone(ctx context.Context, method string, params any) (json
 	}
 	n := newConn(nc)
 	defer n.close(errClosed)
-	return n.do(ctx, method, params, func() {})
+	return n.do(ctx, began, method, params, func() {})
 }
 
 // dropStuck closes the shared connection when a call on it has waited for longer than any

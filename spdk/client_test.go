@@ -466,7 +466,7 @@ func TestSlow(t *testing.T) {
 			fmt.Fprintf(nc, `{"id":%d,"result":true}`, r.ID)
 		}
 	})
-	c := client(t, spdk.Options{Socket: socket, MaxInFlight: 1, Deadline: 300 * time.Millisecond})
+	c := client(t, spdk.Options{Socket: socket, MaxInFlight: 1, Deadline: time.Second})
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
 	err := c.NvmfDeleteSubsystem(ctx, nqn)

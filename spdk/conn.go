@@ -165,8 +165,8 @@ func (c *conn) readOne(d *json.Decoder) error {
 
 // do sends a request and waits for its answer or for ctx's end. release is called once,
 // when the request is no longer in flight: after ctx's end that may be later.
-func (c *conn) do(ctx context.Context, method string, params any, release func()) (json.RawMessage, error) {
-	r := &request{began: time.Now(), answer: make(chan answer, 1), release: release}
+func (c *conn) do(ctx context.Context, began time.Time, method string, params any, release func()) (json.RawMessage, error) {
+	r := &request{began: began, answer: make(chan answer, 1), release: release}
 	id, err := c.enter(r)
 	if err != nil {
 		release()
