@@ -136,6 +136,7 @@ func (f *bridgeFlags) run(ctx context.Context, log *slog.Logger) error {
 		}
 		add(l, credentials, grpc.ChainUnaryInterceptor(f.admit))
 	}
+	log.Info("bridge ready", "socket", f.socket, "listen", f.listen, "target", f.target)
 	return serveBridge(ctx, log, servers, listeners)
 }
 
@@ -161,7 +162,6 @@ func serveBridge(ctx context.Context, log *slog.Logger, servers []*grpc.Server, 
 				cancel(fmt.Errorf("serve %s: %w", listeners[i].Addr(), err))
 			}
 		})
-		log.Info("bridge ready", "address", listeners[i].Addr().String())
 	}
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 		log.Warn("tell systemd", "err", err)
