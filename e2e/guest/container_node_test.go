@@ -118,6 +118,10 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
   [[plugins."io.containerd.transfer.v1.local".unpack_config]]
     platform = "linux"
     snapshotter = "thaw"
+# By default containerd collects garbage for at most a fiftieth of the time, which on this slow a
+# machine leaves a removed container's snapshot for minutes.
+[plugins."io.containerd.gc.v1.scheduler"]
+  pause_threshold = 0.5
 `
 
 // newNode boots the guest and starts containerd in it.
@@ -146,7 +150,8 @@ func newNode(t *testing.T, store *storeHost) *node {
 		defer cancel()
 		out, _, err := g.Run(ctx, ". "+nodePath+`
 			for f in /tmp/*.log; do echo "== $f"; tail -n 60 $f; done
-			echo == left; left; thaw snapshot list --config /tmp/thaw.toml; dmesg | tail -n 30`)
+			echo == left; left; thaw snapshot list --config /tmp/thaw.toml; dmesg | tail -n 30
+			echo == what thaw server is doing; kill -QUIT $(cat /run/thaw.pid); sleep 2; grep -n SIGQUIT -A 300 /tmp/thaw.log`)
 		t.Logf("the guest after the failure (%v):\n%s", err, out)
 	})
 	return n
