@@ -152,6 +152,26 @@ const control = 64 << 10
 // and unmounted, as by a reboot.
 func secondStart(t *testing.T, m *member, name, ref string) {
 	t.Helper()
+	read, bytes := startAfterReboot(t, m, "second-"+name, ref)
+	if read > 0 && read <= readAround {
+		// What the kernel reads around what is touched depends on what else it does: now
+		// and then it asks for a cluster that it did not ask for before. That one is in
+		// the cache now too.
+		t.Logf("%.0f bytes were not asked for by the first start: once more", read)
+		read, bytes = startAfterReboot(t, m, "third-"+name, ref)
+	}
+	if read != 0 || bytes > control {
+		t.Errorf("a start of what was started before read %.0f bytes from the store, and %d came over the link", read, bytes)
+	}
+}
+
+// readAround is the most that a second start may read that the first one did not.
+const readAround = 512 << 10
+
+// startAfterReboot starts ref when nothing of Thaw runs and nothing is in memory. It
+// returns the bytes that were read from the store, and those that came over the link.
+func startAfterReboot(t *testing.T, m *member, id, ref string) (read float64, bytes int64) {
+	t.Helper()
 	if err := m.thaw.Shutdown(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -168,19 +188,20 @@ func secondStart(t *testing.T, m *member, name, ref string) {
 			t.Fatal("containerd does not find the snapshotter again")
 		}
 	}
-	container, timing := coldStart(t, m.Node, "again-"+name, ref)
+	container, timing := coldStart(t, m.Node, id, ref)
 	if body, err := container.Ready(t.Context()); err != nil || !strings.Contains(body, "hello") {
 		t.Fatalf("%q, %v", body, err)
 	}
-	bytes := m.received(t) - before
+	bytes = m.received(t) - before
 	read, err := m.thaw.Metric(t.Context(), "thaw_remote_read_bytes_total")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("after a reboot: pull %v, create %v, ready %v; %.0f bytes were read from the store, %d bytes came over the link", timing.Pull, timing.Create, timing.Ready, read, bytes)
-	if read != 0 || bytes > control {
-		t.Errorf("the second start read %.0f bytes from the store, and %d came over the link", read, bytes)
+	if err := container.Delete(context.Background()); err != nil {
+		t.Error(err)
 	}
+	return read, bytes
 }
 
 // testRemoteStart starts an image on a node that has no store, reading over a link only
