@@ -38,7 +38,7 @@ type process struct {
 func launch(t testing.TB, dir string, args ...string) *process {
 	t.Helper()
 	if _, err := exec.LookPath(args[0]); err != nil {
-		t.Skipf("%s is not installed", args[0])
+		t.Skipf("%s is not installed: run make deps", args[0])
 	}
 	p := &process{socket: filepath.Join(dir, "s")}
 	for _, a := range args {

@@ -30,7 +30,7 @@ func needRoot(t *testing.T, tools ...string) {
 	}
 	for _, tool := range tools {
 		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("%s is not installed", tool)
+			t.Skipf("%s is not installed: run make deps", tool)
 		}
 	}
 }

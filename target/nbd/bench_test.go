@@ -28,7 +28,7 @@ import (
 func BenchmarkServers(b *testing.B) {
 	for _, name := range []string{"fio", "nbdkit", "qemu-nbd", "taskset"} {
 		if _, err := exec.LookPath(name); err != nil {
-			b.Skipf("%s is not installed", name)
+			b.Skipf("%s is not installed: run make deps", name)
 		}
 	}
 	dir, err := os.MkdirTemp("/dev/shm", "nbd")

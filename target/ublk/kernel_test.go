@@ -325,7 +325,7 @@ func TestKernelFio(t *testing.T) {
 func needTool(t *testing.T, tool string) {
 	t.Helper()
 	if _, err := exec.LookPath(tool); err != nil {
-		t.Skipf("%s is not installed", tool)
+		t.Skipf("%s is not installed: run make deps", tool)
 	}
 }
 

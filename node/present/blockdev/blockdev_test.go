@@ -20,7 +20,7 @@ import (
 func device(t *testing.T) string {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("loop devices need root")
+		t.Skip("loop devices need root: run as root")
 	}
 	file := filepath.Join(t.TempDir(), "image")
 	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
@@ -28,10 +28,17 @@ func device(t *testing.T) string {
 	}
 	out, err := exec.Command("losetup", "-f", "--show", file).Output()
 	if err != nil {
-		t.Skipf("losetup: %v", err)
+		if _, serr := os.Stat("/dev/loop-control"); serr != nil {
+			t.Skipf("no loop devices here: load the module loop: %v", serr)
+		}
+		t.Fatalf("losetup: %v", err)
 	}
 	dev := strings.TrimSpace(string(out))
 	t.Cleanup(func() {
+		// A loop device stays read-only for whoever gets it next.
+		if out, err := exec.Command("blockdev", "--setrw", dev).CombinedOutput(); err != nil {
+			t.Errorf("blockdev --setrw %s: %v %s", dev, err, out)
+		}
 		if out, err := exec.Command("losetup", "-d", dev).CombinedOutput(); err != nil {
 			t.Errorf("losetup -d %s: %v %s", dev, err, out)
 		}
@@ -87,12 +94,14 @@ func TestClaim(t *testing.T) {
 
 func TestClaimSeesMounts(t *testing.T) {
 	dev := device(t)
-	if out, err := exec.Command("mke2fs", "-q", dev).CombinedOutput(); err != nil {
-		t.Skipf("mke2fs: %v %s", err, out)
+	if out, err := exec.Command("mke2fs", "-q", dev).CombinedOutput(); errors.Is(err, exec.ErrNotFound) {
+		t.Skip("mke2fs is not installed: run make deps")
+	} else if err != nil {
+		t.Fatalf("mke2fs: %v %s", err, out)
 	}
 	dir := t.TempDir()
 	if err := unix.Mount(dev, dir, "ext4", 0, ""); err != nil {
-		t.Skipf("mount: %v", err)
+		t.Fatalf("mount: %v", err)
 	}
 	_, err := Take(context.Background(), dev, ClaimOptions{})
 	unix.Unmount(dir, 0)

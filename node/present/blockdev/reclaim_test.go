@@ -14,7 +14,7 @@ func TestServeThroughReclaim(t *testing.T) {
 		if k := kind.Of(err); k != kind.Denied && k != kind.Unsupported {
 			t.Fatal(err)
 		}
-		t.Skipf("%v", err)
+		t.Skipf("%v: run with CAP_SYS_RESOURCE, without cgo, on Linux 5.6 or later", err)
 	}
 	done := make(chan int)
 	for range 8 { // on threads old and new

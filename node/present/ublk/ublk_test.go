@@ -337,7 +337,7 @@ func TestKernelExt4(t *testing.T) {
 	needUblk(t)
 	for _, tool := range []string{"mkfs.ext4", "fsck.ext4", "fio"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("%s is not installed", tool)
+			t.Skipf("%s is not installed: run make deps", tool)
 		}
 	}
 	dir := t.TempDir()
