@@ -26,6 +26,7 @@ import (
 	"github.com/thaw-project/thaw/lvol"
 	"github.com/thaw-project/thaw/node/present"
 	"github.com/thaw-project/thaw/statedb"
+	"github.com/thaw-project/thaw/target/bdev"
 )
 
 const (
@@ -66,6 +67,22 @@ type LvolStore interface {
 	Stat() lvol.Stat
 	Check(ctx context.Context, o lvol.CheckOptions) (lvol.Report, error)
 	Map(name string, offset int64, maxRuns int) (lvol.BlockMap, error)
+}
+
+// Backend is an lvol store that also opens its lvols in this process. The stores that
+// there are (package lvol here, packages of attacher/backend) pass the suite in
+// attacher/backend/backendtest. Methods may be called concurrently and are bounded in
+// time where they reach out of the process: kind.Unavailable then.
+type Backend interface {
+	LvolStore
+
+	// OpenLvol opens an lvol. One that is a snapshot or read-only can be opened readOnly
+	// only. It may be open several times; while it is, Delete is kind.InUse, and Snapshot
+	// leaves the device open on what is now the snapshot's clone.
+	OpenLvol(name string, readOnly bool) (bdev.Device, error)
+
+	// Close gives back what the process holds. Lvols stay.
+	Close() error
 }
 
 // Options says what an Attacher works with.

@@ -19,11 +19,19 @@ import (
 // a subsystem holds.
 const MaxAttachments = 1024
 
-// Export is a block as one node sees it.
+// The transports of exports.
+const (
+	TransportTCP  = "nvme-tcp"
+	TransportRDMA = "nvme-rdma"
+	TransportRBD  = "rbd" // nodes open the image of Ceph themselves
+)
+
+// Export is an lvol as one node sees it.
 type Export struct {
 	Node, Block string
-	NSID        uint32 // from 1, stays the block's as long as it is attached
+	NSID        uint32 // from 1, stays the lvol's as long as it is attached
 	Transport   string
+	Writable    bool
 }
 
 // Exported is where and as what a node finds an Export.
@@ -31,27 +39,33 @@ type Exported struct {
 	Subsystem, HostNQN, HostID, UUID string
 	Portals                          []Portal
 	SizeBytes                        int64
+	RBD                              *RBDImage // of TransportRBD, instead of all above but SizeBytes
 }
+
+// RBDImage is an image of Ceph, or a snapshot of one.
+type RBDImage struct{ Cluster, Pool, Image, Snapshot string }
 
 // Portal is an address at which exports are served.
 type Portal struct{ Transport, Address, Service string }
 
-// Exporter shows blocks to other machines, read-only. Its methods are idempotent and
-// may be called concurrently, though never at the same time for one block and node.
+// Exporter shows lvols to other machines. Its methods are idempotent and may be called
+// concurrently, though never at the same time for one lvol and node.
 type Exporter interface {
-	// Transport is the transport it serves, "nvme-tcp".
-	Transport() string
+	// Transports are those that it serves, the default first.
+	Transports() []string
 
 	// Restore shows what was shown before a restart, all at once, before any node can
-	// connect. What cannot be shown is logged and left out.
+	// connect, and takes away what is shown under the store's names and is not among
+	// exports. What cannot be shown now is logged; an exporter whose target is another
+	// process tries again until it is, and replays what that process loses later.
 	Restore(exports []Export) error
 
-	// Export shows a block. It is kind.NotFound when the store has none of that name.
+	// Export shows an lvol. It is kind.NotFound when the store has none of that name.
 	// local, when not empty, is the address by which the asking node reached the store.
 	Export(e Export, local string) (Exported, error)
 
-	// Withdraw takes a block away from a node and returns when none of the node's
-	// reads is on its way. The last of a node takes the node's access with it.
+	// Withdraw takes an lvol away from a node and returns when none of the node's
+	// requests is on its way. The last of a node takes the node's access with it.
 	Withdraw(e Export) error
 }
 
@@ -185,8 +199,8 @@ func (a *Attacher) AttachBlock(ctx context.Context, r *attacherv1.AttachBlockReq
 	switch t := r.GetTransport(); {
 	case a.o.Exporter == nil:
 		return nil, kind.Errorf(kind.Unsupported, "attach block %s: this store exports nothing: set export.nvme_tcp in its configuration", block)
-	case t != "" && t != a.o.Exporter.Transport():
-		return nil, kind.Errorf(kind.Unsupported, "attach block %s: this store serves transport %s, not %.40q", block, a.o.Exporter.Transport(), t)
+	case t != "" && !slices.Contains(a.o.Exporter.Transports(), t):
+		return nil, kind.Errorf(kind.Unsupported, "attach block %s: this store serves transports %v, not %.40q", block, a.o.Exporter.Transports(), t)
 	}
 	if err := a.enter(); err != nil {
 		return nil, err
@@ -227,7 +241,7 @@ func (a *Attacher) attachBlock(node, block, local string) (*attacherv1.Attachmen
 		if err != nil {
 			return err
 		}
-		e.NSID, e.Transport = nsid, a.o.Exporter.Transport()
+		e.NSID, e.Transport = nsid, a.o.Exporter.Transports()[0]
 		r = attachmentRecord{NSID: nsid, Transport: e.Transport, CreatedUnixNanos: a.o.Now().UnixNano()}
 		return put(tx, attachmentsBucket, string(key), r)
 	}); err != nil {
@@ -445,4 +459,19 @@ func (a *Attacher) GetBlockMap(ctx context.Context, r *attacherv1.GetBlockMapReq
 		out.Runs = append(out.Runs, &attacherv1.BlockRun{LengthBytes: run.LengthBytes, Owner: owner})
 	}
 	return out, nil
+}
+
+// AttachWritable implements attacherv1.NodeServer.
+func (a *Attacher) AttachWritable(context.Context, *attacherv1.AttachWritableRequest) (*attacherv1.Attachment, error) {
+	return nil, kind.Errorf(kind.Unsupported, "writable layers are kept on the node")
+}
+
+// DetachWritable implements attacherv1.NodeServer.
+func (a *Attacher) DetachWritable(context.Context, *attacherv1.DetachWritableRequest) (*attacherv1.DetachWritableResponse, error) {
+	return nil, kind.Errorf(kind.Unsupported, "writable layers are kept on the node")
+}
+
+// DeleteWritable implements attacherv1.NodeServer.
+func (a *Attacher) DeleteWritable(context.Context, *attacherv1.DeleteWritableRequest) (*attacherv1.DeleteWritableResponse, error) {
+	return nil, kind.Errorf(kind.Unsupported, "writable layers are kept on the node")
 }

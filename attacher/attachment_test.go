@@ -22,7 +22,7 @@ type ledger struct {
 	fail  error             // guarded by mu: of Export
 }
 
-func (l *ledger) Transport() string { return "nvme-tcp" }
+func (l *ledger) Transports() []string { return []string{"nvme-tcp"} }
 
 func (l *ledger) Restore(exports []Export) error {
 	l.mu.Lock()

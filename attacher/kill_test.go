@@ -416,7 +416,7 @@ func TestScratch(t *testing.T) {
 	begin := time.Now()
 	for range 4 {
 		wg.Go(func() {
-			if name, err := a.EnsureScratch(ctx, scratchBytes); err != nil || name != attacher.ScratchName(scratchBytes) {
+			if name, err := a.Scratch(ctx, scratchBytes); err != nil || name != attacher.ScratchName(scratchBytes) {
 				t.Errorf("%q, %v", name, err)
 			}
 		})
@@ -445,16 +445,16 @@ func TestScratch(t *testing.T) {
 	}
 	must(t, d.presenter.Withdraw(ctx, "look"))
 	begin = time.Now()
-	_, err = a.EnsureScratch(ctx, scratchBytes)
+	_, err = a.Scratch(ctx, scratchBytes)
 	must(t, err)
 	t.Logf("found in %s", time.Since(begin))
 	for _, bad := range []int64{0, -1, 1 << 20, 64<<20 + 512} {
-		_, err = a.EnsureScratch(ctx, bad)
+		_, err = a.Scratch(ctx, bad)
 		wantKind(t, err, kind.Invalid)
 	}
 	_, err = d.store.Create("scratch-134217728", 128<<20)
 	must(t, err)
-	_, err = a.EnsureScratch(ctx, 128<<20)
+	_, err = a.Scratch(ctx, 128<<20)
 	wantKind(t, err, kind.Exists, "scratch-134217728")
 	must(t, a.Close())
 }

@@ -33,11 +33,11 @@ const (
 // ScratchName is the name of the scratch snapshot of a size.
 func ScratchName(sizeBytes int64) string { return "scratch-" + strconv.FormatInt(sizeBytes, 10) }
 
-// EnsureScratch makes, once for each size, a snapshot that holds an empty ext4 with
+// Scratch makes, once for each size, a snapshot that holds an empty ext4 with
 // directories "upper" and "work" (root's, mode 0755) in its root, and returns its
 // name. Writable layers over read-only images start from it. A removed or interrupted
 // one is made again; concurrent calls make one.
-func (a *Attacher) EnsureScratch(ctx context.Context, sizeBytes int64) (string, error) {
+func (a *Attacher) Scratch(ctx context.Context, sizeBytes int64) (string, error) {
 	if sizeBytes < MinScratchBytes || sizeBytes%(1<<20) != 0 {
 		return "", kind.Errorf(kind.Invalid, "scratch of %d bytes: must be a multiple of 1 MiB of at least %d", sizeBytes, MinScratchBytes)
 	}
@@ -151,4 +151,13 @@ func FormatScratch(ctx context.Context, path string) error {
 		}
 	}
 	return err
+}
+
+// EnsureScratch implements attacherv1.NodeServer.
+func (a *Attacher) EnsureScratch(ctx context.Context, r *attacherv1.EnsureScratchRequest) (*attacherv1.EnsureScratchResponse, error) {
+	name, err := a.Scratch(ctx, r.GetSizeBytes())
+	if err != nil {
+		return nil, err
+	}
+	return &attacherv1.EnsureScratchResponse{Block: name}, nil
 }

@@ -118,7 +118,7 @@ func (s *Server) lookup(ctx context.Context, block imagemgmt.Block) error {
 func (s *Server) scratch(ctx context.Context) (string, error) {
 	size := int64(s.config.Snapshotter.WritableSize)
 	if s.attacher != nil {
-		return s.attacher.EnsureScratch(ctx, size)
+		return s.attacher.Scratch(ctx, size)
 	}
 	return ensureScratchFile(ctx, s.config.Paths().Scratch, size)
 }

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/thaw-project/thaw/attacher/export"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/remote"
 )
@@ -130,7 +129,7 @@ func (r *RemoteConfig) validate(taken map[string]bool) error {
 		return kind.Errorf(kind.Invalid, "remote %s: attacher %.80q: must be an address with a port, as 10.0.0.1:7443", r.Name, r.Attacher)
 	}
 	if r.Transport == "" {
-		r.Transport = export.TransportTCP
+		r.Transport = remote.TransportTCP
 	}
 	if r.Transport != remote.TransportTCP {
 		return kind.Errorf(kind.Invalid, "remote %s: transport %.40q: must be %s", r.Name, r.Transport, remote.TransportTCP)

@@ -25,9 +25,6 @@ import (
 	"github.com/thaw-project/thaw/target/nvmf"
 )
 
-// TransportTCP is the name of the transport.
-const TransportTCP = "nvme-tcp"
-
 // Options says what an NVMe exports and where.
 type Options struct {
 	// Store is the UUID of the lvol store.
@@ -87,8 +84,8 @@ func New(o Options) (*NVMe, error) {
 	return &NVMe{o: o, store: identity.Store{UUID: id}, target: target, devices: make(map[string]map[string]shown)}, nil
 }
 
-// Transport implements attacher.Exporter.
-func (x *NVMe) Transport() string { return TransportTCP }
+// Transports implements attacher.Exporter.
+func (x *NVMe) Transports() []string { return []string{attacher.TransportTCP} }
 
 // Restore implements attacher.Exporter: all nvmeNamespaces first, listeners last. A host
 // that reconnects must find each of its disks, for one that is missing is gone for good.

@@ -48,6 +48,17 @@ type Disk struct {
 	Block     bool   `json:"block"`
 	SizeBytes int64  `json:"size_bytes"`
 	ReadOnly  bool   `json:"read_only"`
+	// NVMe says how the host knows a drive that a card shows; Path is empty where only
+	// the host can tell it.
+	NVMe *NVMe `json:"nvme,omitempty"`
+}
+
+// NVMe is what makes a drive known to the host that sees it, whatever device number the
+// kernel gave it.
+type NVMe struct {
+	UUID     string `json:"uuid"`               // of the nvmeNamespace; its NGUID is the same 16 bytes
+	Serial   string `json:"serial"`             // of the controller
+	Function string `json:"function,omitempty"` // port:physical:virtual of the card
 }
 
 // Presenter shows disks to the host kernel. All methods are idempotent and may be

@@ -812,10 +812,14 @@ func (*HoldResponse) Descriptor() ([]byte, []int) {
 }
 
 type ExportRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Lvol          string                 `protobuf:"bytes,1,opt,name=lvol,proto3" json:"lvol,omitempty"`
-	Owner         string                 `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
-	ReadOnly      bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Lvol     string                 `protobuf:"bytes,1,opt,name=lvol,proto3" json:"lvol,omitempty"`
+	Owner    string                 `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
+	ReadOnly bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	// Empty: a file on the attacher's machine. Else the node that shall have access, on the
+	// network the certificate's.
+	Node          string `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
+	Transport     string `protobuf:"bytes,5,opt,name=transport,proto3" json:"transport,omitempty"` // with a node; empty: the store's choice
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -871,10 +875,25 @@ func (x *ExportRequest) GetReadOnly() bool {
 	return false
 }
 
+func (x *ExportRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ExportRequest) GetTransport() string {
+	if x != nil {
+		return x.Transport
+	}
+	return ""
+}
+
 type ExportResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // without a node
 	SizeBytes     int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Attachment    *Attachment            `protobuf:"bytes,3,opt,name=attachment,proto3" json:"attachment,omitempty"` // with a node
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -921,6 +940,13 @@ func (x *ExportResponse) GetSizeBytes() int64 {
 		return x.SizeBytes
 	}
 	return 0
+}
+
+func (x *ExportResponse) GetAttachment() *Attachment {
+	if x != nil {
+		return x.Attachment
+	}
+	return nil
 }
 
 type UnexportRequest struct {
@@ -1816,7 +1842,7 @@ func (x *Problem) GetRepaired() bool {
 type AttachBlockRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Block         string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"`
-	Transport     string                 `protobuf:"bytes,2,opt,name=transport,proto3" json:"transport,omitempty"` // nvme-tcp; empty: the store's choice
+	Transport     string                 `protobuf:"bytes,2,opt,name=transport,proto3" json:"transport,omitempty"` // nvme-tcp, nvme-rdma or rbd; empty: the store's choice
 	Node          string                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`           // on the network empty, or the certificate's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1947,6 +1973,8 @@ type Attachment struct {
 	Uuid             string                 `protobuf:"bytes,9,opt,name=uuid,proto3" json:"uuid,omitempty"` // of the nvmeNamespace; its NGUID is the same 16 bytes
 	SizeBytes        int64                  `protobuf:"varint,10,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	CreatedUnixNanos int64                  `protobuf:"varint,11,opt,name=created_unix_nanos,json=createdUnixNanos,proto3" json:"created_unix_nanos,omitempty"`
+	Writable         bool                   `protobuf:"varint,12,opt,name=writable,proto3" json:"writable,omitempty"`
+	Rbd              *RbdImage              `protobuf:"bytes,13,opt,name=rbd,proto3" json:"rbd,omitempty"` // with transport rbd, instead of what NVMe needs
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -2058,6 +2086,421 @@ func (x *Attachment) GetCreatedUnixNanos() int64 {
 	return 0
 }
 
+func (x *Attachment) GetWritable() bool {
+	if x != nil {
+		return x.Writable
+	}
+	return false
+}
+
+func (x *Attachment) GetRbd() *RbdImage {
+	if x != nil {
+		return x.Rbd
+	}
+	return nil
+}
+
+// RbdImage is an image of Ceph, which nodes open with credentials of their own.
+type RbdImage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pool          string                 `protobuf:"bytes,1,opt,name=pool,proto3" json:"pool,omitempty"`
+	Image         string                 `protobuf:"bytes,2,opt,name=image,proto3" json:"image,omitempty"`
+	Snapshot      string                 `protobuf:"bytes,3,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // empty for one that is written to
+	Cluster       string                 `protobuf:"bytes,4,opt,name=cluster,proto3" json:"cluster,omitempty"`   // its fsid
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RbdImage) Reset() {
+	*x = RbdImage{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RbdImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RbdImage) ProtoMessage() {}
+
+func (x *RbdImage) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RbdImage.ProtoReflect.Descriptor instead.
+func (*RbdImage) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *RbdImage) GetPool() string {
+	if x != nil {
+		return x.Pool
+	}
+	return ""
+}
+
+func (x *RbdImage) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *RbdImage) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *RbdImage) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+type AttachWritableRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Block         string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // the node's name for it, of lvol names' characters, at most 64
+	Transport     string                 `protobuf:"bytes,3,opt,name=transport,proto3" json:"transport,omitempty"`
+	Node          string                 `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachWritableRequest) Reset() {
+	*x = AttachWritableRequest{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachWritableRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachWritableRequest) ProtoMessage() {}
+
+func (x *AttachWritableRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachWritableRequest.ProtoReflect.Descriptor instead.
+func (*AttachWritableRequest) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *AttachWritableRequest) GetBlock() string {
+	if x != nil {
+		return x.Block
+	}
+	return ""
+}
+
+func (x *AttachWritableRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AttachWritableRequest) GetTransport() string {
+	if x != nil {
+		return x.Transport
+	}
+	return ""
+}
+
+func (x *AttachWritableRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type DetachWritableRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachWritableRequest) Reset() {
+	*x = DetachWritableRequest{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachWritableRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachWritableRequest) ProtoMessage() {}
+
+func (x *DetachWritableRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachWritableRequest.ProtoReflect.Descriptor instead.
+func (*DetachWritableRequest) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *DetachWritableRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DetachWritableRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type DetachWritableResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachWritableResponse) Reset() {
+	*x = DetachWritableResponse{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachWritableResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachWritableResponse) ProtoMessage() {}
+
+func (x *DetachWritableResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachWritableResponse.ProtoReflect.Descriptor instead.
+func (*DetachWritableResponse) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{39}
+}
+
+type DeleteWritableRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteWritableRequest) Reset() {
+	*x = DeleteWritableRequest{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteWritableRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteWritableRequest) ProtoMessage() {}
+
+func (x *DeleteWritableRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteWritableRequest.ProtoReflect.Descriptor instead.
+func (*DeleteWritableRequest) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *DeleteWritableRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DeleteWritableRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type DeleteWritableResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteWritableResponse) Reset() {
+	*x = DeleteWritableResponse{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteWritableResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteWritableResponse) ProtoMessage() {}
+
+func (x *DeleteWritableResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteWritableResponse.ProtoReflect.Descriptor instead.
+func (*DeleteWritableResponse) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{41}
+}
+
+type EnsureScratchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SizeBytes     int64                  `protobuf:"varint,1,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EnsureScratchRequest) Reset() {
+	*x = EnsureScratchRequest{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EnsureScratchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EnsureScratchRequest) ProtoMessage() {}
+
+func (x *EnsureScratchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EnsureScratchRequest.ProtoReflect.Descriptor instead.
+func (*EnsureScratchRequest) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *EnsureScratchRequest) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+type EnsureScratchResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Block         string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EnsureScratchResponse) Reset() {
+	*x = EnsureScratchResponse{}
+	mi := &file_attacher_v1_attacher_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EnsureScratchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EnsureScratchResponse) ProtoMessage() {}
+
+func (x *EnsureScratchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attacher_v1_attacher_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EnsureScratchResponse.ProtoReflect.Descriptor instead.
+func (*EnsureScratchResponse) Descriptor() ([]byte, []int) {
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *EnsureScratchResponse) GetBlock() string {
+	if x != nil {
+		return x.Block
+	}
+	return ""
+}
+
 type DetachBlockRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Block         string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"`
@@ -2068,7 +2511,7 @@ type DetachBlockRequest struct {
 
 func (x *DetachBlockRequest) Reset() {
 	*x = DetachBlockRequest{}
-	mi := &file_attacher_v1_attacher_proto_msgTypes[36]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2080,7 +2523,7 @@ func (x *DetachBlockRequest) String() string {
 func (*DetachBlockRequest) ProtoMessage() {}
 
 func (x *DetachBlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attacher_v1_attacher_proto_msgTypes[36]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2093,7 +2536,7 @@ func (x *DetachBlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachBlockRequest.ProtoReflect.Descriptor instead.
 func (*DetachBlockRequest) Descriptor() ([]byte, []int) {
-	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{36}
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *DetachBlockRequest) GetBlock() string {
@@ -2118,7 +2561,7 @@ type DetachBlockResponse struct {
 
 func (x *DetachBlockResponse) Reset() {
 	*x = DetachBlockResponse{}
-	mi := &file_attacher_v1_attacher_proto_msgTypes[37]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2130,7 +2573,7 @@ func (x *DetachBlockResponse) String() string {
 func (*DetachBlockResponse) ProtoMessage() {}
 
 func (x *DetachBlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attacher_v1_attacher_proto_msgTypes[37]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2143,7 +2586,7 @@ func (x *DetachBlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachBlockResponse.ProtoReflect.Descriptor instead.
 func (*DetachBlockResponse) Descriptor() ([]byte, []int) {
-	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{37}
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{45}
 }
 
 type ListAttachmentsRequest struct {
@@ -2155,7 +2598,7 @@ type ListAttachmentsRequest struct {
 
 func (x *ListAttachmentsRequest) Reset() {
 	*x = ListAttachmentsRequest{}
-	mi := &file_attacher_v1_attacher_proto_msgTypes[38]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2167,7 +2610,7 @@ func (x *ListAttachmentsRequest) String() string {
 func (*ListAttachmentsRequest) ProtoMessage() {}
 
 func (x *ListAttachmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attacher_v1_attacher_proto_msgTypes[38]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2180,7 +2623,7 @@ func (x *ListAttachmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAttachmentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAttachmentsRequest) Descriptor() ([]byte, []int) {
-	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{38}
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListAttachmentsRequest) GetNode() string {
@@ -2199,7 +2642,7 @@ type ListAttachmentsResponse struct {
 
 func (x *ListAttachmentsResponse) Reset() {
 	*x = ListAttachmentsResponse{}
-	mi := &file_attacher_v1_attacher_proto_msgTypes[39]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2211,7 +2654,7 @@ func (x *ListAttachmentsResponse) String() string {
 func (*ListAttachmentsResponse) ProtoMessage() {}
 
 func (x *ListAttachmentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attacher_v1_attacher_proto_msgTypes[39]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2224,7 +2667,7 @@ func (x *ListAttachmentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAttachmentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAttachmentsResponse) Descriptor() ([]byte, []int) {
-	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{39}
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListAttachmentsResponse) GetAttachments() []*Attachment {
@@ -2244,7 +2687,7 @@ type GetBlockMapRequest struct {
 
 func (x *GetBlockMapRequest) Reset() {
 	*x = GetBlockMapRequest{}
-	mi := &file_attacher_v1_attacher_proto_msgTypes[40]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2256,7 +2699,7 @@ func (x *GetBlockMapRequest) String() string {
 func (*GetBlockMapRequest) ProtoMessage() {}
 
 func (x *GetBlockMapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attacher_v1_attacher_proto_msgTypes[40]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2269,7 +2712,7 @@ func (x *GetBlockMapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBlockMapRequest.ProtoReflect.Descriptor instead.
 func (*GetBlockMapRequest) Descriptor() ([]byte, []int) {
-	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{40}
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GetBlockMapRequest) GetBlock() string {
@@ -2299,7 +2742,7 @@ type BlockMap struct {
 
 func (x *BlockMap) Reset() {
 	*x = BlockMap{}
-	mi := &file_attacher_v1_attacher_proto_msgTypes[41]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2311,7 +2754,7 @@ func (x *BlockMap) String() string {
 func (*BlockMap) ProtoMessage() {}
 
 func (x *BlockMap) ProtoReflect() protoreflect.Message {
-	mi := &file_attacher_v1_attacher_proto_msgTypes[41]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2324,7 +2767,7 @@ func (x *BlockMap) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockMap.ProtoReflect.Descriptor instead.
 func (*BlockMap) Descriptor() ([]byte, []int) {
-	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{41}
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *BlockMap) GetSizeBytes() int64 {
@@ -2374,7 +2817,7 @@ type BlockRun struct {
 
 func (x *BlockRun) Reset() {
 	*x = BlockRun{}
-	mi := &file_attacher_v1_attacher_proto_msgTypes[42]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2386,7 +2829,7 @@ func (x *BlockRun) String() string {
 func (*BlockRun) ProtoMessage() {}
 
 func (x *BlockRun) ProtoReflect() protoreflect.Message {
-	mi := &file_attacher_v1_attacher_proto_msgTypes[42]
+	mi := &file_attacher_v1_attacher_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2399,7 +2842,7 @@ func (x *BlockRun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockRun.ProtoReflect.Descriptor instead.
 func (*BlockRun) Descriptor() ([]byte, []int) {
-	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{42}
+	return file_attacher_v1_attacher_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *BlockRun) GetLengthBytes() int64 {
@@ -2469,15 +2912,20 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"#\n" +
 	"\vHoldRequest\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\"\x0e\n" +
-	"\fHoldResponse\"V\n" +
+	"\fHoldResponse\"\x88\x01\n" +
 	"\rExportRequest\x12\x12\n" +
 	"\x04lvol\x18\x01 \x01(\tR\x04lvol\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\x12\x1b\n" +
-	"\tread_only\x18\x03 \x01(\bR\breadOnly\"C\n" +
+	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12\x12\n" +
+	"\x04node\x18\x04 \x01(\tR\x04node\x12\x1c\n" +
+	"\ttransport\x18\x05 \x01(\tR\ttransport\"\x81\x01\n" +
 	"\x0eExportResponse\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\";\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12<\n" +
+	"\n" +
+	"attachment\x18\x03 \x01(\v2\x1c.thaw.attacher.v1.AttachmentR\n" +
+	"attachment\";\n" +
 	"\x0fUnexportRequest\x12\x12\n" +
 	"\x04lvol\x18\x01 \x01(\tR\x04lvol\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\"\x12\n" +
@@ -2543,7 +2991,7 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\x06Portal\x12\x1c\n" +
 	"\ttransport\x18\x01 \x01(\tR\ttransport\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x18\n" +
-	"\aservice\x18\x03 \x01(\tR\aservice\"\xd6\x02\n" +
+	"\aservice\x18\x03 \x01(\tR\aservice\"\xa0\x03\n" +
 	"\n" +
 	"Attachment\x12\x14\n" +
 	"\x05block\x18\x01 \x01(\tR\x05block\x12\x12\n" +
@@ -2558,7 +3006,32 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\n" +
 	"size_bytes\x18\n" +
 	" \x01(\x03R\tsizeBytes\x12,\n" +
-	"\x12created_unix_nanos\x18\v \x01(\x03R\x10createdUnixNanos\">\n" +
+	"\x12created_unix_nanos\x18\v \x01(\x03R\x10createdUnixNanos\x12\x1a\n" +
+	"\bwritable\x18\f \x01(\bR\bwritable\x12,\n" +
+	"\x03rbd\x18\r \x01(\v2\x1a.thaw.attacher.v1.RbdImageR\x03rbd\"j\n" +
+	"\bRbdImage\x12\x12\n" +
+	"\x04pool\x18\x01 \x01(\tR\x04pool\x12\x14\n" +
+	"\x05image\x18\x02 \x01(\tR\x05image\x12\x1a\n" +
+	"\bsnapshot\x18\x03 \x01(\tR\bsnapshot\x12\x18\n" +
+	"\acluster\x18\x04 \x01(\tR\acluster\"o\n" +
+	"\x15AttachWritableRequest\x12\x14\n" +
+	"\x05block\x18\x01 \x01(\tR\x05block\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x1c\n" +
+	"\ttransport\x18\x03 \x01(\tR\ttransport\x12\x12\n" +
+	"\x04node\x18\x04 \x01(\tR\x04node\";\n" +
+	"\x15DetachWritableRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\"\x18\n" +
+	"\x16DetachWritableResponse\";\n" +
+	"\x15DeleteWritableRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\"\x18\n" +
+	"\x16DeleteWritableResponse\"5\n" +
+	"\x14EnsureScratchRequest\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x01 \x01(\x03R\tsizeBytes\"-\n" +
+	"\x15EnsureScratchResponse\x12\x14\n" +
+	"\x05block\x18\x01 \x01(\tR\x05block\">\n" +
 	"\x12DetachBlockRequest\x12\x14\n" +
 	"\x05block\x18\x01 \x01(\tR\x05block\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\"\x15\n" +
@@ -2607,11 +3080,15 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\vPruneBlocks\x12$.thaw.attacher.v1.PruneBlocksRequest\x1a%.thaw.attacher.v1.PruneBlocksResponse\x12F\n" +
 	"\bGetStore\x12!.thaw.attacher.v1.GetStoreRequest\x1a\x17.thaw.attacher.v1.Store\x12W\n" +
 	"\n" +
-	"CheckStore\x12#.thaw.attacher.v1.CheckStoreRequest\x1a$.thaw.attacher.v1.CheckStoreResponse2\xee\x02\n" +
+	"CheckStore\x12#.thaw.attacher.v1.CheckStoreRequest\x1a$.thaw.attacher.v1.CheckStoreResponse2\xf3\x05\n" +
 	"\x04Node\x12Q\n" +
 	"\vAttachBlock\x12$.thaw.attacher.v1.AttachBlockRequest\x1a\x1c.thaw.attacher.v1.Attachment\x12Z\n" +
 	"\vDetachBlock\x12$.thaw.attacher.v1.DetachBlockRequest\x1a%.thaw.attacher.v1.DetachBlockResponse\x12f\n" +
-	"\x0fListAttachments\x12(.thaw.attacher.v1.ListAttachmentsRequest\x1a).thaw.attacher.v1.ListAttachmentsResponse\x12O\n" +
+	"\x0fListAttachments\x12(.thaw.attacher.v1.ListAttachmentsRequest\x1a).thaw.attacher.v1.ListAttachmentsResponse\x12W\n" +
+	"\x0eAttachWritable\x12'.thaw.attacher.v1.AttachWritableRequest\x1a\x1c.thaw.attacher.v1.Attachment\x12c\n" +
+	"\x0eDetachWritable\x12'.thaw.attacher.v1.DetachWritableRequest\x1a(.thaw.attacher.v1.DetachWritableResponse\x12c\n" +
+	"\x0eDeleteWritable\x12'.thaw.attacher.v1.DeleteWritableRequest\x1a(.thaw.attacher.v1.DeleteWritableResponse\x12`\n" +
+	"\rEnsureScratch\x12&.thaw.attacher.v1.EnsureScratchRequest\x1a'.thaw.attacher.v1.EnsureScratchResponse\x12O\n" +
 	"\vGetBlockMap\x12$.thaw.attacher.v1.GetBlockMapRequest\x1a\x1a.thaw.attacher.v1.BlockMapB9Z7github.com/thaw-project/thaw/api/attacher/v1;attacherv1b\x06proto3"
 
 var (
@@ -2626,7 +3103,7 @@ func file_attacher_v1_attacher_proto_rawDescGZIP() []byte {
 	return file_attacher_v1_attacher_proto_rawDescData
 }
 
-var file_attacher_v1_attacher_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_attacher_v1_attacher_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_attacher_v1_attacher_proto_goTypes = []any{
 	(*Lvol)(nil),                    // 0: thaw.attacher.v1.Lvol
 	(*CreateLvolRequest)(nil),       // 1: thaw.attacher.v1.CreateLvolRequest
@@ -2664,75 +3141,93 @@ var file_attacher_v1_attacher_proto_goTypes = []any{
 	(*AttachBlockRequest)(nil),      // 33: thaw.attacher.v1.AttachBlockRequest
 	(*Portal)(nil),                  // 34: thaw.attacher.v1.Portal
 	(*Attachment)(nil),              // 35: thaw.attacher.v1.Attachment
-	(*DetachBlockRequest)(nil),      // 36: thaw.attacher.v1.DetachBlockRequest
-	(*DetachBlockResponse)(nil),     // 37: thaw.attacher.v1.DetachBlockResponse
-	(*ListAttachmentsRequest)(nil),  // 38: thaw.attacher.v1.ListAttachmentsRequest
-	(*ListAttachmentsResponse)(nil), // 39: thaw.attacher.v1.ListAttachmentsResponse
-	(*GetBlockMapRequest)(nil),      // 40: thaw.attacher.v1.GetBlockMapRequest
-	(*BlockMap)(nil),                // 41: thaw.attacher.v1.BlockMap
-	(*BlockRun)(nil),                // 42: thaw.attacher.v1.BlockRun
+	(*RbdImage)(nil),                // 36: thaw.attacher.v1.RbdImage
+	(*AttachWritableRequest)(nil),   // 37: thaw.attacher.v1.AttachWritableRequest
+	(*DetachWritableRequest)(nil),   // 38: thaw.attacher.v1.DetachWritableRequest
+	(*DetachWritableResponse)(nil),  // 39: thaw.attacher.v1.DetachWritableResponse
+	(*DeleteWritableRequest)(nil),   // 40: thaw.attacher.v1.DeleteWritableRequest
+	(*DeleteWritableResponse)(nil),  // 41: thaw.attacher.v1.DeleteWritableResponse
+	(*EnsureScratchRequest)(nil),    // 42: thaw.attacher.v1.EnsureScratchRequest
+	(*EnsureScratchResponse)(nil),   // 43: thaw.attacher.v1.EnsureScratchResponse
+	(*DetachBlockRequest)(nil),      // 44: thaw.attacher.v1.DetachBlockRequest
+	(*DetachBlockResponse)(nil),     // 45: thaw.attacher.v1.DetachBlockResponse
+	(*ListAttachmentsRequest)(nil),  // 46: thaw.attacher.v1.ListAttachmentsRequest
+	(*ListAttachmentsResponse)(nil), // 47: thaw.attacher.v1.ListAttachmentsResponse
+	(*GetBlockMapRequest)(nil),      // 48: thaw.attacher.v1.GetBlockMapRequest
+	(*BlockMap)(nil),                // 49: thaw.attacher.v1.BlockMap
+	(*BlockRun)(nil),                // 50: thaw.attacher.v1.BlockRun
 }
 var file_attacher_v1_attacher_proto_depIdxs = []int32{
 	0,  // 0: thaw.attacher.v1.ListLvolsResponse.lvols:type_name -> thaw.attacher.v1.Lvol
-	19, // 1: thaw.attacher.v1.PutImageRequest.image:type_name -> thaw.attacher.v1.Image
-	19, // 2: thaw.attacher.v1.ListImagesResponse.images:type_name -> thaw.attacher.v1.Image
-	32, // 3: thaw.attacher.v1.CheckStoreResponse.problems:type_name -> thaw.attacher.v1.Problem
-	34, // 4: thaw.attacher.v1.Attachment.portals:type_name -> thaw.attacher.v1.Portal
-	35, // 5: thaw.attacher.v1.ListAttachmentsResponse.attachments:type_name -> thaw.attacher.v1.Attachment
-	42, // 6: thaw.attacher.v1.BlockMap.runs:type_name -> thaw.attacher.v1.BlockRun
-	1,  // 7: thaw.attacher.v1.Attacher.CreateLvol:input_type -> thaw.attacher.v1.CreateLvolRequest
-	2,  // 8: thaw.attacher.v1.Attacher.CloneLvol:input_type -> thaw.attacher.v1.CloneLvolRequest
-	3,  // 9: thaw.attacher.v1.Attacher.SnapshotLvol:input_type -> thaw.attacher.v1.SnapshotLvolRequest
-	4,  // 10: thaw.attacher.v1.Attacher.GetLvol:input_type -> thaw.attacher.v1.GetLvolRequest
-	5,  // 11: thaw.attacher.v1.Attacher.ListLvols:input_type -> thaw.attacher.v1.ListLvolsRequest
-	7,  // 12: thaw.attacher.v1.Attacher.DeleteLvol:input_type -> thaw.attacher.v1.DeleteLvolRequest
-	9,  // 13: thaw.attacher.v1.Attacher.RenameLvol:input_type -> thaw.attacher.v1.RenameLvolRequest
-	10, // 14: thaw.attacher.v1.Attacher.ResizeLvol:input_type -> thaw.attacher.v1.ResizeLvolRequest
-	11, // 15: thaw.attacher.v1.Attacher.InflateLvol:input_type -> thaw.attacher.v1.InflateLvolRequest
-	12, // 16: thaw.attacher.v1.Attacher.DecoupleLvol:input_type -> thaw.attacher.v1.DecoupleLvolRequest
-	13, // 17: thaw.attacher.v1.Attacher.Hold:input_type -> thaw.attacher.v1.HoldRequest
-	15, // 18: thaw.attacher.v1.Attacher.Export:input_type -> thaw.attacher.v1.ExportRequest
-	17, // 19: thaw.attacher.v1.Attacher.Unexport:input_type -> thaw.attacher.v1.UnexportRequest
-	20, // 20: thaw.attacher.v1.Attacher.PutImage:input_type -> thaw.attacher.v1.PutImageRequest
-	21, // 21: thaw.attacher.v1.Attacher.GetImage:input_type -> thaw.attacher.v1.GetImageRequest
-	22, // 22: thaw.attacher.v1.Attacher.ListImages:input_type -> thaw.attacher.v1.ListImagesRequest
-	24, // 23: thaw.attacher.v1.Attacher.DeleteImage:input_type -> thaw.attacher.v1.DeleteImageRequest
-	26, // 24: thaw.attacher.v1.Attacher.PruneBlocks:input_type -> thaw.attacher.v1.PruneBlocksRequest
-	28, // 25: thaw.attacher.v1.Attacher.GetStore:input_type -> thaw.attacher.v1.GetStoreRequest
-	30, // 26: thaw.attacher.v1.Attacher.CheckStore:input_type -> thaw.attacher.v1.CheckStoreRequest
-	33, // 27: thaw.attacher.v1.Node.AttachBlock:input_type -> thaw.attacher.v1.AttachBlockRequest
-	36, // 28: thaw.attacher.v1.Node.DetachBlock:input_type -> thaw.attacher.v1.DetachBlockRequest
-	38, // 29: thaw.attacher.v1.Node.ListAttachments:input_type -> thaw.attacher.v1.ListAttachmentsRequest
-	40, // 30: thaw.attacher.v1.Node.GetBlockMap:input_type -> thaw.attacher.v1.GetBlockMapRequest
-	0,  // 31: thaw.attacher.v1.Attacher.CreateLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 32: thaw.attacher.v1.Attacher.CloneLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 33: thaw.attacher.v1.Attacher.SnapshotLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 34: thaw.attacher.v1.Attacher.GetLvol:output_type -> thaw.attacher.v1.Lvol
-	6,  // 35: thaw.attacher.v1.Attacher.ListLvols:output_type -> thaw.attacher.v1.ListLvolsResponse
-	8,  // 36: thaw.attacher.v1.Attacher.DeleteLvol:output_type -> thaw.attacher.v1.DeleteLvolResponse
-	0,  // 37: thaw.attacher.v1.Attacher.RenameLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 38: thaw.attacher.v1.Attacher.ResizeLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 39: thaw.attacher.v1.Attacher.InflateLvol:output_type -> thaw.attacher.v1.Lvol
-	0,  // 40: thaw.attacher.v1.Attacher.DecoupleLvol:output_type -> thaw.attacher.v1.Lvol
-	14, // 41: thaw.attacher.v1.Attacher.Hold:output_type -> thaw.attacher.v1.HoldResponse
-	16, // 42: thaw.attacher.v1.Attacher.Export:output_type -> thaw.attacher.v1.ExportResponse
-	18, // 43: thaw.attacher.v1.Attacher.Unexport:output_type -> thaw.attacher.v1.UnexportResponse
-	19, // 44: thaw.attacher.v1.Attacher.PutImage:output_type -> thaw.attacher.v1.Image
-	19, // 45: thaw.attacher.v1.Attacher.GetImage:output_type -> thaw.attacher.v1.Image
-	23, // 46: thaw.attacher.v1.Attacher.ListImages:output_type -> thaw.attacher.v1.ListImagesResponse
-	25, // 47: thaw.attacher.v1.Attacher.DeleteImage:output_type -> thaw.attacher.v1.DeleteImageResponse
-	27, // 48: thaw.attacher.v1.Attacher.PruneBlocks:output_type -> thaw.attacher.v1.PruneBlocksResponse
-	29, // 49: thaw.attacher.v1.Attacher.GetStore:output_type -> thaw.attacher.v1.Store
-	31, // 50: thaw.attacher.v1.Attacher.CheckStore:output_type -> thaw.attacher.v1.CheckStoreResponse
-	35, // 51: thaw.attacher.v1.Node.AttachBlock:output_type -> thaw.attacher.v1.Attachment
-	37, // 52: thaw.attacher.v1.Node.DetachBlock:output_type -> thaw.attacher.v1.DetachBlockResponse
-	39, // 53: thaw.attacher.v1.Node.ListAttachments:output_type -> thaw.attacher.v1.ListAttachmentsResponse
-	41, // 54: thaw.attacher.v1.Node.GetBlockMap:output_type -> thaw.attacher.v1.BlockMap
-	31, // [31:55] is the sub-list for method output_type
-	7,  // [7:31] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	35, // 1: thaw.attacher.v1.ExportResponse.attachment:type_name -> thaw.attacher.v1.Attachment
+	19, // 2: thaw.attacher.v1.PutImageRequest.image:type_name -> thaw.attacher.v1.Image
+	19, // 3: thaw.attacher.v1.ListImagesResponse.images:type_name -> thaw.attacher.v1.Image
+	32, // 4: thaw.attacher.v1.CheckStoreResponse.problems:type_name -> thaw.attacher.v1.Problem
+	34, // 5: thaw.attacher.v1.Attachment.portals:type_name -> thaw.attacher.v1.Portal
+	36, // 6: thaw.attacher.v1.Attachment.rbd:type_name -> thaw.attacher.v1.RbdImage
+	35, // 7: thaw.attacher.v1.ListAttachmentsResponse.attachments:type_name -> thaw.attacher.v1.Attachment
+	50, // 8: thaw.attacher.v1.BlockMap.runs:type_name -> thaw.attacher.v1.BlockRun
+	1,  // 9: thaw.attacher.v1.Attacher.CreateLvol:input_type -> thaw.attacher.v1.CreateLvolRequest
+	2,  // 10: thaw.attacher.v1.Attacher.CloneLvol:input_type -> thaw.attacher.v1.CloneLvolRequest
+	3,  // 11: thaw.attacher.v1.Attacher.SnapshotLvol:input_type -> thaw.attacher.v1.SnapshotLvolRequest
+	4,  // 12: thaw.attacher.v1.Attacher.GetLvol:input_type -> thaw.attacher.v1.GetLvolRequest
+	5,  // 13: thaw.attacher.v1.Attacher.ListLvols:input_type -> thaw.attacher.v1.ListLvolsRequest
+	7,  // 14: thaw.attacher.v1.Attacher.DeleteLvol:input_type -> thaw.attacher.v1.DeleteLvolRequest
+	9,  // 15: thaw.attacher.v1.Attacher.RenameLvol:input_type -> thaw.attacher.v1.RenameLvolRequest
+	10, // 16: thaw.attacher.v1.Attacher.ResizeLvol:input_type -> thaw.attacher.v1.ResizeLvolRequest
+	11, // 17: thaw.attacher.v1.Attacher.InflateLvol:input_type -> thaw.attacher.v1.InflateLvolRequest
+	12, // 18: thaw.attacher.v1.Attacher.DecoupleLvol:input_type -> thaw.attacher.v1.DecoupleLvolRequest
+	13, // 19: thaw.attacher.v1.Attacher.Hold:input_type -> thaw.attacher.v1.HoldRequest
+	15, // 20: thaw.attacher.v1.Attacher.Export:input_type -> thaw.attacher.v1.ExportRequest
+	17, // 21: thaw.attacher.v1.Attacher.Unexport:input_type -> thaw.attacher.v1.UnexportRequest
+	20, // 22: thaw.attacher.v1.Attacher.PutImage:input_type -> thaw.attacher.v1.PutImageRequest
+	21, // 23: thaw.attacher.v1.Attacher.GetImage:input_type -> thaw.attacher.v1.GetImageRequest
+	22, // 24: thaw.attacher.v1.Attacher.ListImages:input_type -> thaw.attacher.v1.ListImagesRequest
+	24, // 25: thaw.attacher.v1.Attacher.DeleteImage:input_type -> thaw.attacher.v1.DeleteImageRequest
+	26, // 26: thaw.attacher.v1.Attacher.PruneBlocks:input_type -> thaw.attacher.v1.PruneBlocksRequest
+	28, // 27: thaw.attacher.v1.Attacher.GetStore:input_type -> thaw.attacher.v1.GetStoreRequest
+	30, // 28: thaw.attacher.v1.Attacher.CheckStore:input_type -> thaw.attacher.v1.CheckStoreRequest
+	33, // 29: thaw.attacher.v1.Node.AttachBlock:input_type -> thaw.attacher.v1.AttachBlockRequest
+	44, // 30: thaw.attacher.v1.Node.DetachBlock:input_type -> thaw.attacher.v1.DetachBlockRequest
+	46, // 31: thaw.attacher.v1.Node.ListAttachments:input_type -> thaw.attacher.v1.ListAttachmentsRequest
+	37, // 32: thaw.attacher.v1.Node.AttachWritable:input_type -> thaw.attacher.v1.AttachWritableRequest
+	38, // 33: thaw.attacher.v1.Node.DetachWritable:input_type -> thaw.attacher.v1.DetachWritableRequest
+	40, // 34: thaw.attacher.v1.Node.DeleteWritable:input_type -> thaw.attacher.v1.DeleteWritableRequest
+	42, // 35: thaw.attacher.v1.Node.EnsureScratch:input_type -> thaw.attacher.v1.EnsureScratchRequest
+	48, // 36: thaw.attacher.v1.Node.GetBlockMap:input_type -> thaw.attacher.v1.GetBlockMapRequest
+	0,  // 37: thaw.attacher.v1.Attacher.CreateLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 38: thaw.attacher.v1.Attacher.CloneLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 39: thaw.attacher.v1.Attacher.SnapshotLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 40: thaw.attacher.v1.Attacher.GetLvol:output_type -> thaw.attacher.v1.Lvol
+	6,  // 41: thaw.attacher.v1.Attacher.ListLvols:output_type -> thaw.attacher.v1.ListLvolsResponse
+	8,  // 42: thaw.attacher.v1.Attacher.DeleteLvol:output_type -> thaw.attacher.v1.DeleteLvolResponse
+	0,  // 43: thaw.attacher.v1.Attacher.RenameLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 44: thaw.attacher.v1.Attacher.ResizeLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 45: thaw.attacher.v1.Attacher.InflateLvol:output_type -> thaw.attacher.v1.Lvol
+	0,  // 46: thaw.attacher.v1.Attacher.DecoupleLvol:output_type -> thaw.attacher.v1.Lvol
+	14, // 47: thaw.attacher.v1.Attacher.Hold:output_type -> thaw.attacher.v1.HoldResponse
+	16, // 48: thaw.attacher.v1.Attacher.Export:output_type -> thaw.attacher.v1.ExportResponse
+	18, // 49: thaw.attacher.v1.Attacher.Unexport:output_type -> thaw.attacher.v1.UnexportResponse
+	19, // 50: thaw.attacher.v1.Attacher.PutImage:output_type -> thaw.attacher.v1.Image
+	19, // 51: thaw.attacher.v1.Attacher.GetImage:output_type -> thaw.attacher.v1.Image
+	23, // 52: thaw.attacher.v1.Attacher.ListImages:output_type -> thaw.attacher.v1.ListImagesResponse
+	25, // 53: thaw.attacher.v1.Attacher.DeleteImage:output_type -> thaw.attacher.v1.DeleteImageResponse
+	27, // 54: thaw.attacher.v1.Attacher.PruneBlocks:output_type -> thaw.attacher.v1.PruneBlocksResponse
+	29, // 55: thaw.attacher.v1.Attacher.GetStore:output_type -> thaw.attacher.v1.Store
+	31, // 56: thaw.attacher.v1.Attacher.CheckStore:output_type -> thaw.attacher.v1.CheckStoreResponse
+	35, // 57: thaw.attacher.v1.Node.AttachBlock:output_type -> thaw.attacher.v1.Attachment
+	45, // 58: thaw.attacher.v1.Node.DetachBlock:output_type -> thaw.attacher.v1.DetachBlockResponse
+	47, // 59: thaw.attacher.v1.Node.ListAttachments:output_type -> thaw.attacher.v1.ListAttachmentsResponse
+	35, // 60: thaw.attacher.v1.Node.AttachWritable:output_type -> thaw.attacher.v1.Attachment
+	39, // 61: thaw.attacher.v1.Node.DetachWritable:output_type -> thaw.attacher.v1.DetachWritableResponse
+	41, // 62: thaw.attacher.v1.Node.DeleteWritable:output_type -> thaw.attacher.v1.DeleteWritableResponse
+	43, // 63: thaw.attacher.v1.Node.EnsureScratch:output_type -> thaw.attacher.v1.EnsureScratchResponse
+	49, // 64: thaw.attacher.v1.Node.GetBlockMap:output_type -> thaw.attacher.v1.BlockMap
+	37, // [37:65] is the sub-list for method output_type
+	9,  // [9:37] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_attacher_v1_attacher_proto_init() }
@@ -2746,7 +3241,7 @@ func file_attacher_v1_attacher_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_attacher_v1_attacher_proto_rawDesc), len(file_attacher_v1_attacher_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   43,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -69,8 +69,8 @@ type AttacherClient interface {
 	// message answers that the hold is in place. After a restart of the attacher a
 	// caller has 10 seconds to hold again.
 	Hold(ctx context.Context, in *HoldRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[HoldResponse], error)
-	// Export gives write or read access to an lvol on this machine: a file that
-	// behaves like a disk.
+	// Export gives write or read access to an lvol: on this machine a file that behaves
+	// like a disk, on another one an nvmeNamespace that only that machine sees.
 	Export(ctx context.Context, in *ExportRequest, opts ...grpc.CallOption) (*ExportResponse, error)
 	Unexport(ctx context.Context, in *UnexportRequest, opts ...grpc.CallOption) (*UnexportResponse, error)
 	// Images: which blocks make up which converted image.
@@ -327,8 +327,8 @@ type AttacherServer interface {
 	// message answers that the hold is in place. After a restart of the attacher a
 	// caller has 10 seconds to hold again.
 	Hold(*HoldRequest, grpc.ServerStreamingServer[HoldResponse]) error
-	// Export gives write or read access to an lvol on this machine: a file that
-	// behaves like a disk.
+	// Export gives write or read access to an lvol: on this machine a file that behaves
+	// like a disk, on another one an nvmeNamespace that only that machine sees.
 	Export(context.Context, *ExportRequest) (*ExportResponse, error)
 	Unexport(context.Context, *UnexportRequest) (*UnexportResponse, error)
 	// Images: which blocks make up which converted image.
@@ -887,6 +887,10 @@ const (
 	Node_AttachBlock_FullMethodName     = "/thaw.attacher.v1.Node/AttachBlock"
 	Node_DetachBlock_FullMethodName     = "/thaw.attacher.v1.Node/DetachBlock"
 	Node_ListAttachments_FullMethodName = "/thaw.attacher.v1.Node/ListAttachments"
+	Node_AttachWritable_FullMethodName  = "/thaw.attacher.v1.Node/AttachWritable"
+	Node_DetachWritable_FullMethodName  = "/thaw.attacher.v1.Node/DetachWritable"
+	Node_DeleteWritable_FullMethodName  = "/thaw.attacher.v1.Node/DeleteWritable"
+	Node_EnsureScratch_FullMethodName   = "/thaw.attacher.v1.Node/EnsureScratch"
 	Node_GetBlockMap_FullMethodName     = "/thaw.attacher.v1.Node/GetBlockMap"
 )
 
@@ -905,6 +909,16 @@ type NodeClient interface {
 	// exist is no error.
 	DetachBlock(ctx context.Context, in *DetachBlockRequest, opts ...grpc.CallOption) (*DetachBlockResponse, error)
 	ListAttachments(ctx context.Context, in *ListAttachmentsRequest, opts ...grpc.CallOption) (*ListAttachmentsResponse, error)
+	// AttachWritable makes, once for each id, a writable clone of a complete block, and lets
+	// the node read and write it. What is written stays until DeleteWritable.
+	AttachWritable(ctx context.Context, in *AttachWritableRequest, opts ...grpc.CallOption) (*Attachment, error)
+	// DetachWritable ends the node's access and keeps what was written.
+	DetachWritable(ctx context.Context, in *DetachWritableRequest, opts ...grpc.CallOption) (*DetachWritableResponse, error)
+	// DeleteWritable detaches and deletes. An id that is unknown is no error.
+	DeleteWritable(ctx context.Context, in *DeleteWritableRequest, opts ...grpc.CallOption) (*DeleteWritableResponse, error)
+	// EnsureScratch makes, once for each size, a block with an empty ext4, over which
+	// writable layers of read-only file systems are made.
+	EnsureScratch(ctx context.Context, in *EnsureScratchRequest, opts ...grpc.CallOption) (*EnsureScratchResponse, error)
 	// GetBlockMap tells who owns which clusters of a block, for caches: an owner and an
 	// offset mean the same bytes for ever. The map comes in parts.
 	GetBlockMap(ctx context.Context, in *GetBlockMapRequest, opts ...grpc.CallOption) (*BlockMap, error)
@@ -948,6 +962,46 @@ func (c *nodeClient) ListAttachments(ctx context.Context, in *ListAttachmentsReq
 	return out, nil
 }
 
+func (c *nodeClient) AttachWritable(ctx context.Context, in *AttachWritableRequest, opts ...grpc.CallOption) (*Attachment, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Attachment)
+	err := c.cc.Invoke(ctx, Node_AttachWritable_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) DetachWritable(ctx context.Context, in *DetachWritableRequest, opts ...grpc.CallOption) (*DetachWritableResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DetachWritableResponse)
+	err := c.cc.Invoke(ctx, Node_DetachWritable_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) DeleteWritable(ctx context.Context, in *DeleteWritableRequest, opts ...grpc.CallOption) (*DeleteWritableResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteWritableResponse)
+	err := c.cc.Invoke(ctx, Node_DeleteWritable_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) EnsureScratch(ctx context.Context, in *EnsureScratchRequest, opts ...grpc.CallOption) (*EnsureScratchResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EnsureScratchResponse)
+	err := c.cc.Invoke(ctx, Node_EnsureScratch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *nodeClient) GetBlockMap(ctx context.Context, in *GetBlockMapRequest, opts ...grpc.CallOption) (*BlockMap, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(BlockMap)
@@ -973,6 +1027,16 @@ type NodeServer interface {
 	// exist is no error.
 	DetachBlock(context.Context, *DetachBlockRequest) (*DetachBlockResponse, error)
 	ListAttachments(context.Context, *ListAttachmentsRequest) (*ListAttachmentsResponse, error)
+	// AttachWritable makes, once for each id, a writable clone of a complete block, and lets
+	// the node read and write it. What is written stays until DeleteWritable.
+	AttachWritable(context.Context, *AttachWritableRequest) (*Attachment, error)
+	// DetachWritable ends the node's access and keeps what was written.
+	DetachWritable(context.Context, *DetachWritableRequest) (*DetachWritableResponse, error)
+	// DeleteWritable detaches and deletes. An id that is unknown is no error.
+	DeleteWritable(context.Context, *DeleteWritableRequest) (*DeleteWritableResponse, error)
+	// EnsureScratch makes, once for each size, a block with an empty ext4, over which
+	// writable layers of read-only file systems are made.
+	EnsureScratch(context.Context, *EnsureScratchRequest) (*EnsureScratchResponse, error)
 	// GetBlockMap tells who owns which clusters of a block, for caches: an owner and an
 	// offset mean the same bytes for ever. The map comes in parts.
 	GetBlockMap(context.Context, *GetBlockMapRequest) (*BlockMap, error)
@@ -994,6 +1058,18 @@ func (UnimplementedNodeServer) DetachBlock(context.Context, *DetachBlockRequest)
 }
 func (UnimplementedNodeServer) ListAttachments(context.Context, *ListAttachmentsRequest) (*ListAttachmentsResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method ListAttachments not implemented")
+}
+func (UnimplementedNodeServer) AttachWritable(context.Context, *AttachWritableRequest) (*Attachment, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method AttachWritable not implemented")
+}
+func (UnimplementedNodeServer) DetachWritable(context.Context, *DetachWritableRequest) (*DetachWritableResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method DetachWritable not implemented")
+}
+func (UnimplementedNodeServer) DeleteWritable(context.Context, *DeleteWritableRequest) (*DeleteWritableResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method DeleteWritable not implemented")
+}
+func (UnimplementedNodeServer) EnsureScratch(context.Context, *EnsureScratchRequest) (*EnsureScratchResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method EnsureScratch not implemented")
 }
 func (UnimplementedNodeServer) GetBlockMap(context.Context, *GetBlockMapRequest) (*BlockMap, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method GetBlockMap not implemented")
@@ -1073,6 +1149,78 @@ func _Node_ListAttachments_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Node_AttachWritable_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AttachWritableRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).AttachWritable(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_AttachWritable_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).AttachWritable(ctx, req.(*AttachWritableRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Node_DetachWritable_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DetachWritableRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).DetachWritable(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_DetachWritable_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).DetachWritable(ctx, req.(*DetachWritableRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Node_DeleteWritable_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteWritableRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).DeleteWritable(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_DeleteWritable_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).DeleteWritable(ctx, req.(*DeleteWritableRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Node_EnsureScratch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EnsureScratchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).EnsureScratch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_EnsureScratch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).EnsureScratch(ctx, req.(*EnsureScratchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Node_GetBlockMap_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetBlockMapRequest)
 	if err := dec(in); err != nil {
@@ -1109,6 +1257,22 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListAttachments",
 			Handler:    _Node_ListAttachments_Handler,
+		},
+		{
+			MethodName: "AttachWritable",
+			Handler:    _Node_AttachWritable_Handler,
+		},
+		{
+			MethodName: "DetachWritable",
+			Handler:    _Node_DetachWritable_Handler,
+		},
+		{
+			MethodName: "DeleteWritable",
+			Handler:    _Node_DeleteWritable_Handler,
+		},
+		{
+			MethodName: "EnsureScratch",
+			Handler:    _Node_EnsureScratch_Handler,
 		},
 		{
 			MethodName: "GetBlockMap",
