@@ -72,6 +72,9 @@ func start(getenv func(string) string) (*process, error) {
 	return p, nil
 }
 
+// Enabled tells whether steps are looked at: for who would have to make up their names.
+const Enabled = true
+
 // Reach says that a step was reached.
 func Reach(name string) { here.reach(name) }
 

@@ -19,8 +19,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const tagged = true
-
 // The test binary is also the process that reaches points: the names in THAW_TEST_REACH,
 // one after the other, each of which it prints afterwards.
 func TestMain(m *testing.M) {

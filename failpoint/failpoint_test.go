@@ -11,7 +11,7 @@ import (
 // TestOrdinaryBuild reads the compiled command: without the tag nothing is left of what
 // kills.
 func TestOrdinaryBuild(t *testing.T) {
-	if got := testing.AllocsPerRun(100, func() { Reach("part.operation: step") }); got != 0 && !tagged {
+	if got := testing.AllocsPerRun(100, func() { Reach("part.operation: step") }); got != 0 && !Enabled {
 		t.Errorf("%v allocations", got)
 	}
 	out, err := exec.Command("go", "list", "-deps", "-f", "{{.ImportPath}}", ".").CombinedOutput()
@@ -27,7 +27,7 @@ func TestOrdinaryBuild(t *testing.T) {
 
 // TestWithTag runs this package's tests once more, built with the tag.
 func TestWithTag(t *testing.T) {
-	if tagged {
+	if Enabled {
 		t.Skip("these are the tests with the tag")
 	}
 	binary := filepath.Join(t.TempDir(), "failpoint.test")

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/kind"
 )
 
@@ -129,6 +130,9 @@ func (c *Client) Call(ctx context.Context, method string, params, result any) er
 	stop := context.AfterFunc(c.ctx, func() { end(errClosed) })
 	defer stop()
 	raw, err := call(ctx, began, method, params)
+	if failpoint.Enabled && !reads(method) {
+		failpoint.Reach("spdk." + method + ": answered")
+	}
 	if err != nil && reads(method) && ctx.Err() == nil && errors.Is(err, kind.Unavailable) && Unanswered(err) {
 		raw, err = call(ctx, began, method, params)
 	}

@@ -12,9 +12,11 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/kind"
 )
 
@@ -384,6 +386,11 @@ func (c *conn) call(m Method, r *request) (result any, err error) {
 		defer c.setIdle(false)
 		ctx = c.ctx
 	}
+	if !failpoint.Enabled || strings.Contains(r.method, "_get_") {
+		return m.Handle(ctx, r.params)
+	}
+	failpoint.Reach("target." + r.method + ": received")
+	defer func() { failpoint.Reach("target." + r.method + ": done") }()
 	return m.Handle(ctx, r.params)
 }
 

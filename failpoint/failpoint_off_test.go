@@ -1,5 +1,0 @@
-//go:build !failpoint
-
-package failpoint
-
-const tagged = false
