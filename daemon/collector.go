@@ -3,7 +3,6 @@ package daemon
 import (
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/thaw-project/thaw/attacher/export"
 	"github.com/thaw-project/thaw/lvol"
 )
 
@@ -18,7 +17,7 @@ var (
 )
 
 // storeCollector reads the pool's figures when Prometheus asks.
-type storeCollector struct{ store *lvol.Store }
+type storeCollector struct{ store interface{ Stat() lvol.Stat } }
 
 func (c storeCollector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- poolBytes
@@ -35,7 +34,13 @@ func (c storeCollector) Collect(ch chan<- prometheus.Metric) {
 }
 
 // exportCollector reads what nodes have attached.
-type exportCollector struct{ exporter *export.NVMe }
+type exportCollector struct{ exporter counted }
+
+// counted is an exporter that knows what goes through it.
+type counted interface {
+	Attached() (nodes, blocks int)
+	Connections() int
+}
 
 func (c exportCollector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- exportBlocks

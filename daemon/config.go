@@ -78,6 +78,8 @@ type Config struct {
 	// Root holds what survives a reboot, Run what does not.
 	Root string `toml:"root"`
 	Run  string `toml:"run"`
+	// Process is which process of a machine this is; ProcessServer is all in one.
+	Process Process `toml:"-"`
 	// Roles are what this machine does: RoleStore, RoleNode or both.
 	Roles []string `toml:"roles"`
 	// Target is the name by which annotations call this store.
@@ -97,6 +99,9 @@ type Config struct {
 // PoolConfig describes the lvol store. Everything but IO matters only when the pool
 // is created.
 type PoolConfig struct {
+	// Backend is what keeps lvols: BackendEmbedded, whose keys follow, or another with a
+	// table of its own.
+	Backend string `toml:"backend"`
 	// Device is a block device to use instead of the file <root>/pool/data.
 	Device string `toml:"device"`
 	// Capacity of the (sparse) file; 0 takes the size of the file system it is on.
@@ -105,6 +110,9 @@ type PoolConfig struct {
 	// IO is "file" (pread and pwrite) or "uring" (io_uring where the kernel allows
 	// it, else file).
 	IO string `toml:"io"`
+
+	SPDK SPDKConfig `toml:"spdk"`
+	RBD  RBDConfig  `toml:"rbd"`
 }
 
 // SnapshotterConfig describes the containerd snapshotter.
@@ -150,7 +158,7 @@ func DefaultConfig() Config {
 		LogLevel:     slog.LevelInfo,
 		Presentation: PresentationConfig{Kind: PresentationAuto},
 		Cache:        CacheConfig{Enabled: true, Size: cache.DefaultSizeBytes},
-		Pool:         PoolConfig{Cluster: 64 << 10, IO: "file"},
+		Pool:         PoolConfig{Backend: BackendEmbedded, Cluster: 64 << 10, IO: "file"},
 		Snapshotter: SnapshotterConfig{
 			AttachTimeout: Duration(10 * time.Second),
 			WritableSize:  20 << 30,
@@ -236,6 +244,9 @@ func (c *Config) Validate() error {
 	}
 	if s := int64(c.Pool.Cluster); s < 16<<10 || s > 4<<20 || s&(s-1) != 0 {
 		return kind.Errorf(kind.Invalid, "pool.cluster of %d bytes: must be a power of two from 16KiB to 4MiB", s)
+	}
+	if err := c.validateBackend(); err != nil {
+		return err
 	}
 	switch c.Pool.IO {
 	case "file", "uring":

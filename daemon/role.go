@@ -56,6 +56,9 @@ func (c *Config) Exports() bool { return c.Export.Attacher != "" }
 // maxRemotes bounds the stores of one node: each costs connections and a goroutine.
 const maxRemotes = 64
 
+// maxPortals bounds the addresses at which a store serves blocks: as many as a node takes.
+const maxPortals = 16
+
 // validateRoles checks roles and what belongs to each, and fills in defaults.
 func (c *Config) validateRoles() error {
 	if len(c.Roles) == 0 {
@@ -98,17 +101,22 @@ func (c *Config) validateExport() error {
 	switch {
 	case !c.Store():
 		return kind.Errorf(kind.Invalid, "[export] is for machines with the role %s", RoleStore)
-	case len(e.NVMeTCP) == 0 || e.Attacher == "":
+	case len(e.NVMeTCP) == 0 && c.Pool.Backend == BackendEmbedded:
 		return kind.Errorf(kind.Invalid, "[export] needs both nvme_tcp, for blocks, and attacher, for the calls of nodes")
-	case len(e.NVMeTCP) > 16: // as many as a node takes
-		return kind.Errorf(kind.Invalid, "export.nvme_tcp has %d addresses: must be at most 16", len(e.NVMeTCP))
-	case e.Certificate == "" || e.Key == "" || e.ClientCA == "":
+	case len(e.NVMeTCP) > maxPortals:
+		return kind.Errorf(kind.Invalid, "export.nvme_tcp has %d addresses: must be at most %d", len(e.NVMeTCP), maxPortals)
+	case e.Attacher == "" && c.Process == ProcessServer:
+		return kind.Errorf(kind.Invalid, "[export] needs both nvme_tcp, for blocks, and attacher, for the calls of nodes")
+	case e.Attacher != "" && (e.Certificate == "" || e.Key == "" || e.ClientCA == ""):
 		return kind.Errorf(kind.Invalid, "export.attacher serves nodes that prove who they are only: set export.certificate, export.key and export.client_ca ('thaw certificate' makes them)")
 	}
 	for _, a := range e.NVMeTCP {
 		if _, err := netip.ParseAddrPort(a); err != nil {
 			return kind.Errorf(kind.Invalid, "export.nvme_tcp %.80q: must be an IP address with a port, as 10.0.0.1:4420", a)
 		}
+	}
+	if e.Attacher == "" {
+		return nil // it serves nodes of this machine only
 	}
 	if _, _, err := net.SplitHostPort(e.Attacher); err != nil {
 		return kind.Errorf(kind.Invalid, "export.attacher %.80q: must be an address with a port, as 10.0.0.1:7443", e.Attacher)

@@ -20,10 +20,8 @@ import (
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/attacher"
-	"github.com/thaw-project/thaw/attacher/export"
 	"github.com/thaw-project/thaw/keeper"
 	"github.com/thaw-project/thaw/kind"
-	"github.com/thaw-project/thaw/lvol"
 	"github.com/thaw-project/thaw/node/cache"
 	"github.com/thaw-project/thaw/node/imagemgmt"
 	"github.com/thaw-project/thaw/node/present"
@@ -51,8 +49,9 @@ type Server struct {
 	services  services
 
 	// Of the role store, else nil.
-	store    *lvol.Store
-	exporter *export.NVMe // nil when nothing is exported
+	store    attacher.Backend
+	export   func() (attacher.Exporter, error) // nil when nothing is to be exported, as exporter
+	exporter attacher.Exporter
 	attacher *attacher.Attacher
 
 	// Of the role node, else nil.
@@ -138,7 +137,7 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 	if err != nil {
 		return err
 	}
-	if err := s.openStorage(registry); err != nil {
+	if err := s.openStorage(ctx, registry); err != nil {
 		return err
 	}
 	if err := s.startData(ctx, keeperCommand, registry); err != nil {
@@ -201,13 +200,12 @@ func (s *Server) listen(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// openStorage opens what devices come from. It connects to nothing.
-func (s *Server) openStorage(registry *prometheus.Registry) (err error) {
+// openStorage opens what devices come from. It connects to no other machine's attacher.
+func (s *Server) openStorage(ctx context.Context, registry *prometheus.Registry) error {
 	if s.config.Store() {
-		if s.store, err = ensurePool(s.config, s.logger.With("part", "lvol")); err != nil {
+		if err := s.openStore(ctx, true); err != nil {
 			return err
 		}
-		s.onClose("pool", s.store.Close)
 		registry.MustRegister(storeCollector{s.store})
 	}
 	if s.config.Node() {

@@ -1,32 +1,28 @@
 package daemon
 
 import (
-	"errors"
+	"context"
+	"io"
 	"net"
 
-	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/attacher"
-	"github.com/thaw-project/thaw/attacher/export"
 	"github.com/thaw-project/thaw/attacher/rpc"
 	"github.com/thaw-project/thaw/kind"
-	"github.com/thaw-project/thaw/target/bdev"
 )
 
-// openExport opens a block for the exporter.
-func (s *Server) openExport(block string) (bdev.Device, uuid.UUID, error) {
-	device, err := s.store.OpenLvol(block, true)
+// openStore opens what the attacher's lvols are kept in.
+func (s *Server) openStore(ctx context.Context, create bool) error {
+	b, err := openBackend(ctx, s.config, create, s.logger.With("part", "store"))
 	if err != nil {
-		return nil, uuid.UUID{}, err
+		return err
 	}
-	id, err := uuid.Parse(device.UUID())
-	if err != nil {
-		return nil, id, errors.Join(kind.Errorf(kind.Corrupt, "lvol %s: %w", block, err), device.Close())
-	}
-	return device, id, nil
+	s.store, s.export = b.Backend, b.export
+	s.onClose("store", s.store.Close)
+	return nil
 }
 
 // startStore brings up the attacher and, if configured, what serves other machines.
@@ -38,17 +34,17 @@ func (s *Server) startStore(registry *prometheus.Registry) (err error) {
 	if s.images != nil {
 		o.Attached = s.images.Attached
 	}
-	if s.config.Exports() {
-		s.exporter, err = export.New(export.Options{
-			Store: s.store.Stat().UUID, Portals: s.config.Export.NVMeTCP, Logger: s.logger.With("part", "export"),
-			Open: s.openExport,
-		})
-		if err != nil {
+	if s.export != nil {
+		if s.exporter, err = s.export(); err != nil {
 			return err
 		}
-		s.onClose("export", s.exporter.Close)
+		if c, ok := s.exporter.(io.Closer); ok {
+			s.onClose("export", c.Close)
+		}
 		o.Exporter = s.exporter
-		registry.MustRegister(exportCollector{s.exporter})
+		if c, ok := s.exporter.(counted); ok {
+			registry.MustRegister(exportCollector{c})
+		}
 	}
 	if s.attacher, err = attacher.New(o); err != nil {
 		return err
@@ -71,7 +67,7 @@ func (s *Server) serveControl(control net.Listener) error {
 		attacherv1.RegisterNodeServer(local, s.attacher)
 	}
 	s.services.addGRPC("attacher", control, local)
-	if s.exporter == nil {
+	if !s.config.Exports() {
 		return nil
 	}
 	e := s.config.Export

@@ -37,10 +37,9 @@ func Teardown(ctx context.Context, config Config, keeperCommand []string, force 
 		return err
 	}
 	if config.Store() {
-		if s.store, err = OpenPool(config, s.logger); err != nil {
+		if err := s.openStore(ctx, false); err != nil {
 			return err
 		}
-		s.onClose("pool", s.store.Close)
 	}
 	if config.Node() {
 		// A store that is away must not make this wait for as long as containers would.

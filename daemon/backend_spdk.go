@@ -1,0 +1,12 @@
+package daemon
+
+import (
+	"context"
+	"log/slog"
+
+	"github.com/thaw-project/thaw/kind"
+)
+
+func openSPDK(context.Context, Config, *slog.Logger) (storage, error) {
+	return storage{}, kind.Errorf(kind.Unsupported, "pool.backend %s is not part of this build", BackendSPDK)
+}
