@@ -1975,8 +1975,12 @@ type Attachment struct {
 	CreatedUnixNanos int64                  `protobuf:"varint,11,opt,name=created_unix_nanos,json=createdUnixNanos,proto3" json:"created_unix_nanos,omitempty"`
 	Writable         bool                   `protobuf:"varint,12,opt,name=writable,proto3" json:"writable,omitempty"`
 	Rbd              *RbdImage              `protobuf:"bytes,13,opt,name=rbd,proto3" json:"rbd,omitempty"` // with transport rbd, instead of what NVMe needs
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// UUID of this attachment: another one after every detach. Who detaches with it cannot
+	// take away what was attached again since.
+	AttachmentId  string `protobuf:"bytes,14,opt,name=attachment_id,json=attachmentId,proto3" json:"attachment_id,omitempty"`
+	WritableId    string `protobuf:"bytes,15,opt,name=writable_id,json=writableId,proto3" json:"writable_id,omitempty"` // of a writable layer, whose block is the one it was made of
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Attachment) Reset() {
@@ -2098,6 +2102,20 @@ func (x *Attachment) GetRbd() *RbdImage {
 		return x.Rbd
 	}
 	return nil
+}
+
+func (x *Attachment) GetAttachmentId() string {
+	if x != nil {
+		return x.AttachmentId
+	}
+	return ""
+}
+
+func (x *Attachment) GetWritableId() string {
+	if x != nil {
+		return x.WritableId
+	}
+	return ""
 }
 
 // RbdImage is an image of Ceph, which nodes open with credentials of their own.
@@ -2241,6 +2259,7 @@ type DetachWritableRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	AttachmentId  string                 `protobuf:"bytes,3,opt,name=attachment_id,json=attachmentId,proto3" json:"attachment_id,omitempty"` // as in DetachBlockRequest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2289,6 +2308,13 @@ func (x *DetachWritableRequest) GetNode() string {
 	return ""
 }
 
+func (x *DetachWritableRequest) GetAttachmentId() string {
+	if x != nil {
+		return x.AttachmentId
+	}
+	return ""
+}
+
 type DetachWritableResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2329,6 +2355,7 @@ type DeleteWritableRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	AttachmentId  string                 `protobuf:"bytes,3,opt,name=attachment_id,json=attachmentId,proto3" json:"attachment_id,omitempty"` // as in DetachBlockRequest; that of its last attachment
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2373,6 +2400,13 @@ func (x *DeleteWritableRequest) GetId() string {
 func (x *DeleteWritableRequest) GetNode() string {
 	if x != nil {
 		return x.Node
+	}
+	return ""
+}
+
+func (x *DeleteWritableRequest) GetAttachmentId() string {
+	if x != nil {
+		return x.AttachmentId
 	}
 	return ""
 }
@@ -2502,9 +2536,12 @@ func (x *EnsureScratchResponse) GetBlock() string {
 }
 
 type DetachBlockRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Block         string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"`
-	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Block string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"`
+	Node  string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	// When it is not empty, only this attachment is meant: FAILED_PRECONDITION (in use) when
+	// the block is attached by a newer one, so that a delayed or replayed request does no harm.
+	AttachmentId  string `protobuf:"bytes,3,opt,name=attachment_id,json=attachmentId,proto3" json:"attachment_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2549,6 +2586,13 @@ func (x *DetachBlockRequest) GetBlock() string {
 func (x *DetachBlockRequest) GetNode() string {
 	if x != nil {
 		return x.Node
+	}
+	return ""
+}
+
+func (x *DetachBlockRequest) GetAttachmentId() string {
+	if x != nil {
+		return x.AttachmentId
 	}
 	return ""
 }
@@ -2991,7 +3035,7 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\x06Portal\x12\x1c\n" +
 	"\ttransport\x18\x01 \x01(\tR\ttransport\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x18\n" +
-	"\aservice\x18\x03 \x01(\tR\aservice\"\xa0\x03\n" +
+	"\aservice\x18\x03 \x01(\tR\aservice\"\xe6\x03\n" +
 	"\n" +
 	"Attachment\x12\x14\n" +
 	"\x05block\x18\x01 \x01(\tR\x05block\x12\x12\n" +
@@ -3008,7 +3052,10 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	" \x01(\x03R\tsizeBytes\x12,\n" +
 	"\x12created_unix_nanos\x18\v \x01(\x03R\x10createdUnixNanos\x12\x1a\n" +
 	"\bwritable\x18\f \x01(\bR\bwritable\x12,\n" +
-	"\x03rbd\x18\r \x01(\v2\x1a.thaw.attacher.v1.RbdImageR\x03rbd\"j\n" +
+	"\x03rbd\x18\r \x01(\v2\x1a.thaw.attacher.v1.RbdImageR\x03rbd\x12#\n" +
+	"\rattachment_id\x18\x0e \x01(\tR\fattachmentId\x12\x1f\n" +
+	"\vwritable_id\x18\x0f \x01(\tR\n" +
+	"writableId\"j\n" +
 	"\bRbdImage\x12\x12\n" +
 	"\x04pool\x18\x01 \x01(\tR\x04pool\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x1a\n" +
@@ -3018,23 +3065,26 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\x05block\x18\x01 \x01(\tR\x05block\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x1c\n" +
 	"\ttransport\x18\x03 \x01(\tR\ttransport\x12\x12\n" +
-	"\x04node\x18\x04 \x01(\tR\x04node\";\n" +
+	"\x04node\x18\x04 \x01(\tR\x04node\"`\n" +
 	"\x15DetachWritableRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
-	"\x04node\x18\x02 \x01(\tR\x04node\"\x18\n" +
-	"\x16DetachWritableResponse\";\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12#\n" +
+	"\rattachment_id\x18\x03 \x01(\tR\fattachmentId\"\x18\n" +
+	"\x16DetachWritableResponse\"`\n" +
 	"\x15DeleteWritableRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
-	"\x04node\x18\x02 \x01(\tR\x04node\"\x18\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12#\n" +
+	"\rattachment_id\x18\x03 \x01(\tR\fattachmentId\"\x18\n" +
 	"\x16DeleteWritableResponse\"5\n" +
 	"\x14EnsureScratchRequest\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x01 \x01(\x03R\tsizeBytes\"-\n" +
 	"\x15EnsureScratchResponse\x12\x14\n" +
-	"\x05block\x18\x01 \x01(\tR\x05block\">\n" +
+	"\x05block\x18\x01 \x01(\tR\x05block\"c\n" +
 	"\x12DetachBlockRequest\x12\x14\n" +
 	"\x05block\x18\x01 \x01(\tR\x05block\x12\x12\n" +
-	"\x04node\x18\x02 \x01(\tR\x04node\"\x15\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12#\n" +
+	"\rattachment_id\x18\x03 \x01(\tR\fattachmentId\"\x15\n" +
 	"\x13DetachBlockResponse\",\n" +
 	"\x16ListAttachmentsRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\"Y\n" +

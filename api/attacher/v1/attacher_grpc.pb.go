@@ -903,14 +903,18 @@ const (
 // sees and changes its own attachments only. On the Unix socket the request says which.
 type NodeClient interface {
 	// AttachBlock lets the node read a complete block of a converted image from the
-	// network. NOT_FOUND when there is no such block.
+	// network. NOT_FOUND when there is no such block, ALREADY_EXISTS when it is attached by
+	// another transport than the one asked for.
 	AttachBlock(ctx context.Context, in *AttachBlockRequest, opts ...grpc.CallOption) (*Attachment, error)
 	// DetachBlock ends that; the block may then be deleted. An attachment that does not
 	// exist is no error.
 	DetachBlock(ctx context.Context, in *DetachBlockRequest, opts ...grpc.CallOption) (*DetachBlockResponse, error)
+	// ListAttachments lists blocks that nodes have attached, and writable layers (writable),
+	// those that are detached with transport and nsid empty. It tells no addresses.
 	ListAttachments(ctx context.Context, in *ListAttachmentsRequest, opts ...grpc.CallOption) (*ListAttachmentsResponse, error)
-	// AttachWritable makes, once for each id, a writable clone of a complete block, and lets
-	// the node read and write it. What is written stays until DeleteWritable.
+	// AttachWritable makes, once for each id, a writable clone of a complete block or of a
+	// scratch block, and lets the node read and write it. What is written stays until
+	// DeleteWritable. ALREADY_EXISTS when the id has one of another block.
 	AttachWritable(ctx context.Context, in *AttachWritableRequest, opts ...grpc.CallOption) (*Attachment, error)
 	// DetachWritable ends the node's access and keeps what was written.
 	DetachWritable(ctx context.Context, in *DetachWritableRequest, opts ...grpc.CallOption) (*DetachWritableResponse, error)
@@ -920,7 +924,8 @@ type NodeClient interface {
 	// writable layers of read-only file systems are made.
 	EnsureScratch(ctx context.Context, in *EnsureScratchRequest, opts ...grpc.CallOption) (*EnsureScratchResponse, error)
 	// GetBlockMap tells who owns which clusters of a block, for caches: an owner and an
-	// offset mean the same bytes for ever. The map comes in parts.
+	// offset mean the same bytes for ever. The map comes in parts. UNIMPLEMENTED when the
+	// store keeps no such maps: nodes then do without, as with a map of data without owners.
 	GetBlockMap(ctx context.Context, in *GetBlockMapRequest, opts ...grpc.CallOption) (*BlockMap, error)
 }
 
@@ -1021,14 +1026,18 @@ func (c *nodeClient) GetBlockMap(ctx context.Context, in *GetBlockMapRequest, op
 // sees and changes its own attachments only. On the Unix socket the request says which.
 type NodeServer interface {
 	// AttachBlock lets the node read a complete block of a converted image from the
-	// network. NOT_FOUND when there is no such block.
+	// network. NOT_FOUND when there is no such block, ALREADY_EXISTS when it is attached by
+	// another transport than the one asked for.
 	AttachBlock(context.Context, *AttachBlockRequest) (*Attachment, error)
 	// DetachBlock ends that; the block may then be deleted. An attachment that does not
 	// exist is no error.
 	DetachBlock(context.Context, *DetachBlockRequest) (*DetachBlockResponse, error)
+	// ListAttachments lists blocks that nodes have attached, and writable layers (writable),
+	// those that are detached with transport and nsid empty. It tells no addresses.
 	ListAttachments(context.Context, *ListAttachmentsRequest) (*ListAttachmentsResponse, error)
-	// AttachWritable makes, once for each id, a writable clone of a complete block, and lets
-	// the node read and write it. What is written stays until DeleteWritable.
+	// AttachWritable makes, once for each id, a writable clone of a complete block or of a
+	// scratch block, and lets the node read and write it. What is written stays until
+	// DeleteWritable. ALREADY_EXISTS when the id has one of another block.
 	AttachWritable(context.Context, *AttachWritableRequest) (*Attachment, error)
 	// DetachWritable ends the node's access and keeps what was written.
 	DetachWritable(context.Context, *DetachWritableRequest) (*DetachWritableResponse, error)
@@ -1038,7 +1047,8 @@ type NodeServer interface {
 	// writable layers of read-only file systems are made.
 	EnsureScratch(context.Context, *EnsureScratchRequest) (*EnsureScratchResponse, error)
 	// GetBlockMap tells who owns which clusters of a block, for caches: an owner and an
-	// offset mean the same bytes for ever. The map comes in parts.
+	// offset mean the same bytes for ever. The map comes in parts. UNIMPLEMENTED when the
+	// store keeps no such maps: nodes then do without, as with a map of data without owners.
 	GetBlockMap(context.Context, *GetBlockMapRequest) (*BlockMap, error)
 	mustEmbedUnimplementedNodeServer()
 }
