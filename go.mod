@@ -32,6 +32,7 @@ require (
 )
 
 require (
+	github.com/ceph/go-ceph v0.37.0 // indirect
 	github.com/grpc-ecosystem/grpc-gateway/v2 v2.30.0 // indirect
 	google.golang.org/genproto/googleapis/api v0.0.0-20260825221802-da73d73af1c5 // indirect
 )
