@@ -358,6 +358,19 @@ func TestFunctions(t *testing.T) {
 	if r := must[*opiv1.ListNvmeControllersResponse](t)(l.fe.ListNvmeControllers(ctx, &opiv1.ListNvmeControllersRequest{Parent: sub})); len(r.NvmeControllers) != 2 {
 		t.Errorf("%v", r)
 	}
+	must[*opiv1.NvmeController](t)(create(l, sub+"2", pcie(0, 2, 0)))
+	if r := must[*opiv1.ListNvmeControllersResponse](t)(l.fe.ListNvmeControllers(ctx, &opiv1.ListNvmeControllersRequest{Parent: "nvmeSubsystems/-"})); len(r.NvmeControllers) != 3 ||
+		r.NvmeControllers[0].Name != sub+"/nvmeControllers/pcie:0:1:2" || r.NvmeControllers[2].Name != sub+"2/nvmeControllers/pcie:0:2:0" {
+		t.Errorf("%v", r)
+	}
+	for _, nqn := range []string{nqn, nqn + "2"} {
+		must[*opiv1.NvmeNamespace](t)(l.fe.CreateNvmeNamespace(ctx, &opiv1.CreateNvmeNamespaceRequest{Parent: "nvmeSubsystems/" + nqn,
+			NvmeNamespace: &opiv1.NvmeNamespace{Spec: &opiv1.NvmeNamespaceSpec{VolumeNameRef: l.mallocVolume("m" + nqn[len(nqn)-1:]).Name}}}))
+	}
+	if r := must[*opiv1.ListNvmeNamespacesResponse](t)(l.fe.ListNvmeNamespaces(ctx, &opiv1.ListNvmeNamespacesRequest{Parent: "nvmeSubsystems/-"})); len(r.NvmeNamespaces) != 2 ||
+		r.NvmeNamespaces[0].Spec.VolumeNameRef != "mallocVolumes/mk" || r.NvmeNamespaces[1].Spec.VolumeNameRef != "mallocVolumes/m2" {
+		t.Errorf("%v", r)
+	}
 	name := sub + "/nvmeControllers/pcie:0:1:2"
 	want[*emptypb.Empty](t, codes.OK)(l.fe.DeleteNvmeController(ctx, &opiv1.DeleteNvmeControllerRequest{Name: name}))
 	want[*emptypb.Empty](t, codes.NotFound)(l.fe.DeleteNvmeController(ctx, &opiv1.DeleteNvmeControllerRequest{Name: name}))

@@ -75,6 +75,11 @@ func (b *Bridge) places(ctx context.Context, nqn string) ([]*place, error) {
 	if err != nil {
 		return nil, err
 	}
+	return b.placesOf(ctx, s)
+}
+
+func (b *Bridge) placesOf(ctx context.Context, s *spdk.Subsystem) ([]*place, error) {
+	nqn := s.NQN
 	plugged, err := b.functions.Plugged(ctx, nqn)
 	if err != nil {
 		return nil, err
@@ -127,9 +132,14 @@ func (b *Bridge) CreateNvmeController(ctx context.Context, r *opiv1.CreateNvmeCo
 	if _, err := b.subsystem(ctx, nqn); err != nil { // which is not the same as a controller that is missing
 		return nil, err
 	}
+	if want.function != nil { // also when it is plugged: what it shows may be there anew
+		if err := b.functions.Plug(ctx, nqn, *want.function); err != nil {
+			return nil, err
+		}
+	}
 	p, err := ensure(func() (*place, error) { return b.place(ctx, nqn, want.id()) }, func(*place) error { return nil }, func() error {
 		if want.function != nil {
-			return b.functions.Plug(ctx, nqn, *want.function)
+			return kind.Errorf(kind.Unavailable, "%s was plugged and does not show %s: it was unplugged meanwhile", want.id(), nqn)
 		}
 		if err := b.ensureTransport(ctx, want.fabrics.Type); err != nil {
 			return err
@@ -167,15 +177,20 @@ func (b *Bridge) GetNvmeController(ctx context.Context, r *opiv1.GetNvmeControll
 	return p.proto(), nil
 }
 
-// ListNvmeControllers lists the controllers of a subsystem.
+// ListNvmeControllers lists the controllers of a subsystem, or of all ("nvmeSubsystems/-",
+// aip.dev/159).
 func (b *Bridge) ListNvmeControllers(ctx context.Context, r *opiv1.ListNvmeControllersRequest) (*opiv1.ListNvmeControllersResponse, error) {
-	nqn, err := parse1(r.GetParent(), subsystems)
+	of, err := b.subsystemsOf(ctx, r.GetParent())
 	if err != nil {
 		return nil, err
 	}
-	all, err := b.places(ctx, nqn)
-	if err != nil {
-		return nil, err
+	var all []*place
+	for _, s := range of {
+		list, err := b.placesOf(ctx, s)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, list...)
 	}
 	var list []*opiv1.NvmeController
 	for _, p := range all {

@@ -158,13 +158,9 @@ func (b *Bridge) GetNvmeNamespace(ctx context.Context, r *opiv1.GetNvmeNamespace
 	return n.proto(volumes), nil
 }
 
-// ListNvmeNamespaces lists the nvmeNamespaces of a subsystem.
+// ListNvmeNamespaces lists the nvmeNamespaces of a subsystem, or of all ("nvmeSubsystems/-").
 func (b *Bridge) ListNvmeNamespaces(ctx context.Context, r *opiv1.ListNvmeNamespacesRequest) (*opiv1.ListNvmeNamespacesResponse, error) {
-	nqn, err := parse1(r.GetParent(), subsystems)
-	if err != nil {
-		return nil, err
-	}
-	s, err := b.subsystem(ctx, nqn)
+	of, err := b.subsystemsOf(ctx, r.GetParent())
 	if err != nil {
 		return nil, err
 	}
@@ -177,8 +173,10 @@ func (b *Bridge) ListNvmeNamespaces(ctx context.Context, r *opiv1.ListNvmeNamesp
 		volumes[bdevs[i].Name] = volumeName(&bdevs[i])
 	}
 	var list []*opiv1.NvmeNamespace
-	for _, n := range s.Namespaces {
-		list = append(list, (&shown{nqn, n}).proto(volumes))
+	for _, s := range of {
+		for _, n := range s.Namespaces {
+			list = append(list, (&shown{s.NQN, n}).proto(volumes))
+		}
 	}
 	list, next, err := page(list, (*opiv1.NvmeNamespace).GetName, r.GetPageSize(), r.GetPageToken())
 	return &opiv1.ListNvmeNamespacesResponse{NvmeNamespaces: list, NextPageToken: next}, err

@@ -41,6 +41,29 @@ func (b *Bridge) subsystemNamed(ctx context.Context, name string) (*spdk.Subsyst
 	return b.subsystem(ctx, nqn)
 }
 
+// every is the id that stands for all resources of a collection, in the parent of a list.
+const every = "-"
+
+// subsystemsOf reads the subsystem of a name, or all for that of every.
+func (b *Bridge) subsystemsOf(ctx context.Context, name string) ([]*spdk.Subsystem, error) {
+	nqn, err := parse1(name, subsystems)
+	if err != nil {
+		return nil, err
+	}
+	if nqn != every {
+		s, err := b.subsystem(ctx, nqn)
+		return []*spdk.Subsystem{s}, err
+	}
+	all, err := b.spdk.NvmfGetSubsystems(ctx, "")
+	var list []*spdk.Subsystem
+	for i := range all {
+		if all[i].Subtype == spdk.SubtypeNVMe {
+			list = append(list, &all[i])
+		}
+	}
+	return list, err
+}
+
 func subsystemProto(s *spdk.Subsystem) *opiv1.NvmeSubsystem {
 	host := ""
 	for _, h := range s.Hosts {
