@@ -1977,10 +1977,12 @@ type Attachment struct {
 	Rbd              *RbdImage              `protobuf:"bytes,13,opt,name=rbd,proto3" json:"rbd,omitempty"` // with transport rbd, instead of what NVMe needs
 	// UUID of this attachment: another one after every detach. Who detaches with it cannot
 	// take away what was attached again since.
-	AttachmentId  string `protobuf:"bytes,14,opt,name=attachment_id,json=attachmentId,proto3" json:"attachment_id,omitempty"`
-	WritableId    string `protobuf:"bytes,15,opt,name=writable_id,json=writableId,proto3" json:"writable_id,omitempty"` // of a writable layer, whose block is the one it was made of
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	AttachmentId string `protobuf:"bytes,14,opt,name=attachment_id,json=attachmentId,proto3" json:"attachment_id,omitempty"`
+	WritableId   string `protobuf:"bytes,15,opt,name=writable_id,json=writableId,proto3" json:"writable_id,omitempty"` // of a writable layer, whose block is the one it was made of
+	// Of a writable layer, in ListAttachments: what was written to it occupies this much.
+	AllocatedBytes int64 `protobuf:"varint,16,opt,name=allocated_bytes,json=allocatedBytes,proto3" json:"allocated_bytes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Attachment) Reset() {
@@ -2116,6 +2118,13 @@ func (x *Attachment) GetWritableId() string {
 		return x.WritableId
 	}
 	return ""
+}
+
+func (x *Attachment) GetAllocatedBytes() int64 {
+	if x != nil {
+		return x.AllocatedBytes
+	}
+	return 0
 }
 
 // RbdImage is an image of Ceph, which nodes open with credentials of their own.
@@ -3035,7 +3044,7 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\x06Portal\x12\x1c\n" +
 	"\ttransport\x18\x01 \x01(\tR\ttransport\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x18\n" +
-	"\aservice\x18\x03 \x01(\tR\aservice\"\xe6\x03\n" +
+	"\aservice\x18\x03 \x01(\tR\aservice\"\x8f\x04\n" +
 	"\n" +
 	"Attachment\x12\x14\n" +
 	"\x05block\x18\x01 \x01(\tR\x05block\x12\x12\n" +
@@ -3055,7 +3064,8 @@ const file_attacher_v1_attacher_proto_rawDesc = "" +
 	"\x03rbd\x18\r \x01(\v2\x1a.thaw.attacher.v1.RbdImageR\x03rbd\x12#\n" +
 	"\rattachment_id\x18\x0e \x01(\tR\fattachmentId\x12\x1f\n" +
 	"\vwritable_id\x18\x0f \x01(\tR\n" +
-	"writableId\"j\n" +
+	"writableId\x12'\n" +
+	"\x0fallocated_bytes\x18\x10 \x01(\x03R\x0eallocatedBytes\"j\n" +
 	"\bRbdImage\x12\x12\n" +
 	"\x04pool\x18\x01 \x01(\tR\x04pool\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x1a\n" +
