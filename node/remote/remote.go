@@ -53,8 +53,9 @@ const (
 // TargetOptions describes a store.
 type TargetOptions struct {
 	Name      string // as annotations call it
-	Attacher  string // "host:port" of its attacher
+	Attacher  string // "host:port" of its attacher, or the path of its Unix socket on this machine
 	Files     rpc.Files
+	Node      string // who calls on a Unix socket; on the network the certificate says it
 	Transport string // TransportTCP if empty
 	// LossTimeout is DefaultLossTimeout if 0.
 	LossTimeout time.Duration
@@ -102,7 +103,7 @@ func New(o Options) (*Remote, error) {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if o.dial == nil {
-		o.dial = func(t TargetOptions) (*grpc.ClientConn, error) { return rpc.DialTLS(t.Attacher, t.Files) }
+		o.dial = Dial
 	}
 	r := &Remote{o: o, log: o.Logger, targets: make(map[string]*target), metrics: newMetrics()}
 	for _, t := range o.Targets {
