@@ -13,6 +13,7 @@ package attacher
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os/exec"
@@ -21,6 +22,7 @@ import (
 	"time"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/keylock"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/lvol"
@@ -37,6 +39,10 @@ const (
 	// sweepInterval is how often what could not be removed is tried again: a block
 	// that a node still had attached, a disk the kernel still had open.
 	sweepInterval = time.Minute
+
+	// retryInterval is how soon that is tried again when the store or the exporter was
+	// away: what a restart of theirs interrupted is in order within 10 s of their return.
+	retryInterval = 3 * time.Second
 
 	// withdrawWait is how long a withdrawal waits for a kernel that has the disk
 	// open: a loop device detaches itself a moment after its unmount.
@@ -160,13 +166,15 @@ type Attacher struct {
 
 	mu      sync.Mutex
 	holds   map[string]*hold               // guarded by mu: by owner
-	exports map[string]map[string]struct{} // guarded by mu: nodes by the block that they have attached
+	uses    map[string]map[string]struct{} // guarded by mu: who has a block attached, by block
+	nsids   map[string]map[uint32]struct{} // guarded by mu: identifiers in use, by node
 	closing bool                           // guarded by mu
 	calls   sync.WaitGroup                 // Add under mu while not closing
 
 	life context.Context // ends with Stop
 	end  context.CancelFunc
 	wake chan struct{}  // capacity 1: there may be something to sweep
+	soon chan struct{}  // capacity 1: something was unavailable, sweep again before long
 	own  sync.WaitGroup // the attacher's goroutines; Add under mu while not closing
 
 	// step is called between the steps of an operation; tests stop there.
@@ -185,9 +193,9 @@ func New(o Options) (*Attacher, error) {
 		return nil, err
 	}
 	a := &Attacher{
-		o: o, db: db, holds: make(map[string]*hold), exports: make(map[string]map[string]struct{}),
-		wake: make(chan struct{}, 1),
-		step: func(string) {},
+		o: o, db: db, holds: make(map[string]*hold), uses: make(map[string]map[string]struct{}), nsids: make(map[string]map[uint32]struct{}),
+		wake: make(chan struct{}, 1), soon: make(chan struct{}, 1),
+		step: func(name string) { failpoint.Reach("attacher." + name) },
 	}
 	a.life, a.end = context.WithCancel(context.Background())
 	if err := a.recover(); err != nil {
@@ -234,22 +242,57 @@ func (a *Attacher) enter() error {
 // sweeper removes in the background what could not be removed at once.
 func (a *Attacher) sweeper() {
 	a.own.Go(a.endAbsent)
-	tick := time.NewTicker(sweepInterval)
-	defer tick.Stop()
+	timer := time.NewTimer(sweepInterval)
+	defer timer.Stop()
 	for {
 		a.sweep(a.life)
-		select {
-		case <-a.life.Done():
-			return
-		case <-tick.C:
-		case <-a.wake:
+		timer.Reset(sweepInterval)
+		for again := true; again; {
+			select {
+			case <-a.life.Done():
+				return
+			case <-a.soon:
+				timer.Reset(retryInterval)
+			case <-timer.C:
+				again = false
+			case <-a.wake:
+				again = false
+			}
 		}
 	}
 }
 
+// poke has the sweeper look at once.
+func (a *Attacher) poke() {
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
+}
+
+// retryAfter has the sweeper look before long when err is that something was away.
+func (a *Attacher) retryAfter(err error) {
+	if !errors.Is(err, kind.Unavailable) {
+		return
+	}
+	select {
+	case a.soon <- struct{}{}:
+	default:
+	}
+}
+
 func (a *Attacher) sweep(ctx context.Context) {
-	if err := a.releasePending(ctx); err != nil && ctx.Err() == nil {
-		a.o.Logger.Warn("cannot remove blocks of removed images yet", "error", err)
+	for _, s := range []struct {
+		act  func(context.Context) error
+		what string
+	}{
+		{a.endUndone, "cannot take back attachments that failed yet"},
+		{a.releasePending, "cannot remove blocks of removed images yet"},
+	} {
+		if err := s.act(ctx); err != nil && ctx.Err() == nil {
+			a.retryAfter(err)
+			a.o.Logger.Warn(s.what, "error", err)
+		}
 	}
 	a.endForgotten()
 }

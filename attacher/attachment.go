@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"go.etcd.io/bbolt"
 
@@ -15,64 +16,13 @@ import (
 	"github.com/thaw-project/thaw/kind"
 )
 
-// MaxAttachments bounds the blocks that one node has attached: the nvmeNamespaces that
-// a subsystem holds.
-const MaxAttachments = 1024
-
-// The transports of exports.
-const (
-	TransportTCP  = "nvme-tcp"
-	TransportRDMA = "nvme-rdma"
-	TransportRBD  = "rbd" // nodes open the image of Ceph themselves
-)
-
-// Export is an lvol as one node sees it.
-type Export struct {
-	Node, Block string
-	NSID        uint32 // from 1, stays the lvol's as long as it is attached
-	Transport   string
-	Writable    bool
-}
-
-// Exported is where and as what a node finds an Export.
-type Exported struct {
-	Subsystem, HostNQN, HostID, UUID string
-	Portals                          []Portal
-	SizeBytes                        int64
-	RBD                              *RBDImage // of TransportRBD, instead of all above but SizeBytes
-}
-
-// RBDImage is an image of Ceph, or a snapshot of one.
-type RBDImage struct{ Cluster, Pool, Image, Snapshot string }
-
-// Portal is an address at which exports are served.
-type Portal struct{ Transport, Address, Service string }
-
-// Exporter shows lvols to other machines. Its methods are idempotent and may be called
-// concurrently, though never at the same time for one lvol and node.
-type Exporter interface {
-	// Transports are those that it serves, the default first.
-	Transports() []string
-
-	// Restore shows what was shown before a restart, all at once, before any node can
-	// connect, and takes away what is shown under the store's names and is not among
-	// exports. What cannot be shown now is logged; an exporter whose target is another
-	// process tries again until it is, and replays what that process loses later.
-	Restore(exports []Export) error
-
-	// Export shows an lvol. It is kind.NotFound when the store has none of that name.
-	// local, when not empty, is the address by which the asking node reached the store.
-	Export(e Export, local string) (Exported, error)
-
-	// Withdraw takes an lvol away from a node and returns when none of the node's
-	// requests is on its way. The last of a node takes the node's access with it.
-	Withdraw(e Export) error
-}
-
 type attachmentRecord struct {
 	NSID             uint32 `json:"nsid"`
 	Transport        string `json:"transport"`
 	CreatedUnixNanos int64  `json:"created"`
+	ID               string `json:"id"`
+	// Ending: it could not be shown, and may be shown nevertheless. The sweep takes it away.
+	Ending bool `json:"ending,omitempty"`
 }
 
 func attachmentKey(node, block string) []byte { return []byte(node + "\x00" + block) }
@@ -82,7 +32,7 @@ func decodeAttachment(key, raw []byte) (Export, attachmentRecord, error) {
 	var r attachmentRecord
 	err := decode(raw, &r)
 	if err == nil {
-		err = errors.Join(identity.CheckNode(string(node)), checkName("block", string(name)))
+		err = errors.Join(identity.CheckNode(string(node)), checkName("block", string(name)), checkAttachmentID(r.ID))
 	}
 	if err == nil && (!found || r.NSID < 1 || r.NSID > MaxAttachments) {
 		err = kind.Errorf(kind.Corrupt, "nvmeNamespace %d", r.NSID)
@@ -112,48 +62,27 @@ func attachments(tx *bbolt.Tx, node string, f func(Export, attachmentRecord) err
 	return nil
 }
 
-// restoreExports shows what nodes had attached when the predecessor ended.
-func (a *Attacher) restoreExports() error {
-	var all []Export
-	if err := a.db.View(func(tx *bbolt.Tx) error {
-		return attachments(tx, "", func(e Export, _ attachmentRecord) error {
-			all = append(all, e)
-			return nil
-		})
-	}); err != nil {
-		return err
-	}
-	for _, e := range all {
-		a.noteAttached(e.Block, e.Node)
-	}
-	if a.o.Exporter == nil {
-		if len(all) > 0 {
-			a.o.Logger.Warn("nodes have blocks attached and this store exports nothing now: configure export.nvme_tcp again", "attachments", len(all))
-		}
-		return nil
-	}
-	return a.o.Exporter.Restore(all)
-}
-
-func (a *Attacher) noteAttached(block, node string) {
+// noteUse notes that user has block: a node, or a node's writable layer.
+func (a *Attacher) noteUse(block, user string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.exports[block] == nil {
-		a.exports[block] = make(map[string]struct{})
+	if a.uses[block] == nil {
+		a.uses[block] = make(map[string]struct{})
 	}
-	a.exports[block][node] = struct{}{}
+	a.uses[block][user] = struct{}{}
 }
 
-func (a *Attacher) noteDetached(block, node string) {
+func (a *Attacher) dropUse(block, user string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	delete(a.exports[block], node)
-	if len(a.exports[block]) == 0 {
-		delete(a.exports, block)
+	delete(a.uses[block], user)
+	if len(a.uses[block]) == 0 {
+		delete(a.uses, block)
 	}
 }
 
-// attachedBy names a node that has block attached, "" when none has.
+// attachedBy names a node that has block attached, or a writable layer over it, "" when
+// none has.
 func (a *Attacher) attachedBy(block string) string {
 	if a.o.Attached(block) {
 		return "this one"
@@ -161,8 +90,8 @@ func (a *Attacher) attachedBy(block string) string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	least := ""
-	for node := range a.exports[block] {
-		if least == "" || node < least {
+	for user := range a.uses[block] {
+		if node, _, _ := strings.Cut(user, "\x00"); least == "" || node < least {
 			least = node
 		}
 	}
@@ -196,11 +125,9 @@ func (a *Attacher) AttachBlock(ctx context.Context, r *attacherv1.AttachBlockReq
 	if err := errors.Join(identity.CheckNode(node), checkName("block", block)); err != nil {
 		return nil, kind.Wrap(kind.Invalid, err)
 	}
-	switch t := r.GetTransport(); {
-	case a.o.Exporter == nil:
-		return nil, kind.Errorf(kind.Unsupported, "attach block %s: this store exports nothing: set export.nvme_tcp in its configuration", block)
-	case t != "" && !slices.Contains(a.o.Exporter.Transports(), t):
-		return nil, kind.Errorf(kind.Unsupported, "attach block %s: this store serves transports %v, not %.40q", block, a.o.Exporter.Transports(), t)
+	transport, err := a.transport(r.GetTransport())
+	if err != nil {
+		return nil, fmt.Errorf("attach block %s: %w", block, err)
 	}
 	if err := a.enter(); err != nil {
 		return nil, err
@@ -211,60 +138,150 @@ func (a *Attacher) AttachBlock(ctx context.Context, r *attacherv1.AttachBlockReq
 		return nil, fmt.Errorf("attach block %s: %w", block, err)
 	}
 	defer unlock()
-	out, err := a.attachBlock(node, block, rpc.LocalAddress(ctx))
+	out, err := a.attachBlock(node, block, r.GetTransport(), transport, rpc.LocalAddress(ctx))
 	if err != nil {
 		return nil, fmt.Errorf("attach block %s to node %s: %w", block, node, err)
 	}
 	return out, nil
 }
 
-// attachBlock does it; the caller has the block's name locked, so that nobody deletes
-// it meanwhile.
-func (a *Attacher) attachBlock(node, block, local string) (*attacherv1.Attachment, error) {
+// attachBlock does it, by the transport asked for or else the store's choice; the caller
+// has the block's name locked, so that nobody deletes it meanwhile.
+func (a *Attacher) attachBlock(node, block, asked, choice, local string) (*attacherv1.Attachment, error) {
 	if err := a.exportable(node, block); err != nil {
 		return nil, err
 	}
-	e := Export{Node: node, Block: block}
-	var r attachmentRecord
-	var fresh bool
-	if err := a.db.Update(func(tx *bbolt.Tx) error {
-		fresh = false
-		b := tx.Bucket(attachmentsBucket)
-		key := attachmentKey(node, block)
-		if raw := b.Get(key); raw != nil {
-			var err error
-			e, r, err = decodeAttachment(key, raw)
-			return err
-		}
-		fresh = true
-		nsid, err := freeNSID(tx, node)
-		if err != nil {
-			return err
-		}
-		e.NSID, e.Transport = nsid, a.o.Exporter.Transports()[0]
-		r = attachmentRecord{NSID: nsid, Transport: e.Transport, CreatedUnixNanos: a.o.Now().UnixNano()}
-		return put(tx, attachmentsBucket, string(key), r)
-	}); err != nil {
+	e, r, known, err := a.attachment(node, block)
+	if err != nil {
 		return nil, err
 	}
-	a.noteAttached(block, node)
+	fresh := !known || r.Ending
+	if fresh {
+		if e, r, err = a.recordAttachment(node, block, choice, e.NSID); err != nil {
+			return nil, err
+		}
+	} else if err := sameTransport(e.Transport, asked); err != nil {
+		return nil, err
+	}
+	a.noteUse(block, node)
 	a.step("attach: recorded")
 	x, err := a.o.Exporter.Export(e, local)
 	if err != nil {
 		if fresh {
-			if derr := a.dropAttachment(e); derr != nil {
-				a.o.Logger.Warn("cannot forget an attachment that failed", "block", block, "node", node, "error", derr)
-			}
+			a.undoAttachment(e, r)
 		}
+		a.retryAfter(err)
 		return nil, err
 	}
 	a.step("attach: exported")
-	out := e.proto(r)
-	out.SubsystemNqn, out.HostNqn, out.HostId, out.Uuid, out.SizeBytes = x.Subsystem, x.HostNQN, x.HostID, x.UUID, x.SizeBytes
-	for _, p := range x.Portals {
-		out.Portals = append(out.Portals, &attacherv1.Portal{Transport: p.Transport, Address: p.Address, Service: p.Service})
+	return attachmentProto(e, r.ID, r.CreatedUnixNanos, x), nil
+}
+
+// attachment reads a node's attachment of a block.
+func (a *Attacher) attachment(node, block string) (e Export, r attachmentRecord, known bool, err error) {
+	err = a.db.View(func(tx *bbolt.Tx) (err error) {
+		key := attachmentKey(node, block)
+		if raw := tx.Bucket(attachmentsBucket).Get(key); raw != nil {
+			known = true
+			e, r, err = decodeAttachment(key, raw)
+		}
+		return err
+	})
+	return e, r, known, err
+}
+
+// recordAttachment writes the record of a new attachment, under the identifier nsid or, if
+// that is 0, the one under which the node sees the lvol already or a free one.
+func (a *Attacher) recordAttachment(node, block, transport string, nsid uint32) (Export, attachmentRecord, error) {
+	x, exported, err := lookup[exportRecord](a.db, exportsBucket, block)
+	if err != nil {
+		return Export{}, attachmentRecord{}, err
 	}
-	return out, nil
+	if exported = exported && x.Node == node; exported {
+		if !x.ReadOnly {
+			return Export{}, attachmentRecord{}, kind.Errorf(kind.InUse, "%s writes it", x.Owner)
+		}
+		nsid, transport = x.NSID, x.Transport
+	}
+	reserved := nsid == 0
+	if reserved {
+		if nsid, err = a.reserveNSID(node); err != nil {
+			return Export{}, attachmentRecord{}, err
+		}
+	}
+	r := attachmentRecord{NSID: nsid, Transport: transport, CreatedUnixNanos: a.o.Now().UnixNano(), ID: newAttachmentID()}
+	if err := a.put(attachmentsBucket, string(attachmentKey(node, block)), r); err != nil {
+		if reserved {
+			a.freeNSID(node, nsid)
+		}
+		return Export{}, r, err
+	}
+	return Export{Node: node, Block: block, NSID: nsid, Transport: transport}, r, nil
+}
+
+// undoAttachment takes back an attachment that could not be shown. What cannot be taken
+// away now is left to the sweep.
+func (a *Attacher) undoAttachment(e Export, r attachmentRecord) {
+	err := a.endAttachment(e)
+	if err == nil {
+		return
+	}
+	a.retryAfter(err)
+	r.Ending = true
+	if perr := a.put(attachmentsBucket, string(attachmentKey(e.Node, e.Block)), r); perr != nil {
+		err = errors.Join(err, perr)
+	}
+	a.o.Logger.Warn("cannot take back an attachment that failed yet", "block", e.Block, "node", e.Node, "error", err)
+}
+
+// endAttachment takes a block away from a node and forgets it. The caller has the block's
+// name locked.
+func (a *Attacher) endAttachment(e Export) error {
+	last, err := a.hide(e, attachmentsBucket)
+	if err != nil {
+		return err
+	}
+	a.step("detach: withdrawn")
+	if err := a.drop(string(attachmentKey(e.Node, e.Block)), attachmentsBucket); err != nil {
+		return err
+	}
+	a.dropUse(e.Block, e.Node)
+	if last {
+		a.freeNSID(e.Node, e.NSID)
+	}
+	return nil
+}
+
+// endUndone ends the attachments that failed and could not be taken back at once.
+func (a *Attacher) endUndone(ctx context.Context) error {
+	var ending []Export
+	if err := a.db.View(func(tx *bbolt.Tx) error {
+		return attachments(tx, "", func(e Export, r attachmentRecord) error {
+			if r.Ending {
+				ending = append(ending, e)
+			}
+			return nil
+		})
+	}); err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range ending {
+		errs = append(errs, func() error {
+			unlock, err := a.names.Lock(ctx, e.Block)
+			if err != nil {
+				return err
+			}
+			defer unlock()
+			// Read again under the lock: it may have been attached since.
+			e, r, known, err := a.attachment(e.Node, e.Block)
+			if err != nil || !known || !r.Ending {
+				return err
+			}
+			return a.endAttachment(e)
+		}())
+	}
+	return errors.Join(errs...)
 }
 
 // exportable is nil for a block that a node may read: one that is complete, and so
@@ -293,38 +310,6 @@ func (a *Attacher) exportable(node, block string) error {
 	})
 }
 
-// freeNSID returns the identifier after the highest that the node has in use, and the
-// lowest that is free once that is not possible: one that was just given up is not
-// used again at once, for a host may not have heard of that yet.
-func freeNSID(tx *bbolt.Tx, node string) (uint32, error) {
-	used := make(map[uint32]bool)
-	highest := uint32(0)
-	if err := attachments(tx, node, func(e Export, _ attachmentRecord) error {
-		used[e.NSID] = true
-		highest = max(highest, e.NSID)
-		return nil
-	}); err != nil {
-		return 0, err
-	}
-	if highest < MaxAttachments {
-		return highest + 1, nil
-	}
-	for id := uint32(1); id <= MaxAttachments; id++ {
-		if !used[id] {
-			return id, nil
-		}
-	}
-	return 0, kind.Errorf(kind.NoSpace, "node %s has %d blocks attached, which is the most", node, len(used))
-}
-
-func (a *Attacher) dropAttachment(e Export) error {
-	err := a.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(attachmentsBucket).Delete(attachmentKey(e.Node, e.Block)) })
-	if err == nil {
-		a.noteDetached(e.Block, e.Node)
-	}
-	return err
-}
-
 // DetachBlock implements attacherv1.NodeServer.
 func (a *Attacher) DetachBlock(ctx context.Context, r *attacherv1.DetachBlockRequest) (*attacherv1.DetachBlockResponse, error) {
 	node, _, err := caller(ctx, r.GetNode())
@@ -332,7 +317,7 @@ func (a *Attacher) DetachBlock(ctx context.Context, r *attacherv1.DetachBlockReq
 		return nil, err
 	}
 	block := r.GetBlock()
-	if err := errors.Join(identity.CheckNode(node), checkName("block", block)); err != nil {
+	if err := errors.Join(identity.CheckNode(node), checkName("block", block), checkAttachmentID(r.GetAttachmentId())); err != nil {
 		return nil, kind.Wrap(kind.Invalid, err)
 	}
 	if err := a.enter(); err != nil {
@@ -344,36 +329,22 @@ func (a *Attacher) DetachBlock(ctx context.Context, r *attacherv1.DetachBlockReq
 		return nil, fmt.Errorf("detach block %s: %w", block, err)
 	}
 	defer unlock()
-	if err := a.detachBlock(node, block); err != nil {
+	if err := a.detachBlock(node, block, r.GetAttachmentId()); err != nil {
 		return nil, fmt.Errorf("detach block %s from node %s: %w", block, node, err)
 	}
-	select {
-	case a.wake <- struct{}{}: // its removal may have waited for this
-	default:
-	}
+	a.poke() // its removal may have waited for this
 	return &attacherv1.DetachBlockResponse{}, nil
 }
 
-func (a *Attacher) detachBlock(node, block string) error {
-	var e Export
-	var known bool
-	if err := a.db.View(func(tx *bbolt.Tx) (err error) {
-		key := attachmentKey(node, block)
-		if raw := tx.Bucket(attachmentsBucket).Get(key); raw != nil {
-			known = true
-			e, _, err = decodeAttachment(key, raw)
-		}
-		return err
-	}); err != nil || !known {
+func (a *Attacher) detachBlock(node, block, id string) error {
+	e, r, known, err := a.attachment(node, block)
+	if err != nil || !known {
 		return err
 	}
-	if a.o.Exporter != nil {
-		if err := a.o.Exporter.Withdraw(e); err != nil {
-			return err
-		}
+	if err := sameAttachment(r.ID, id); err != nil {
+		return err
 	}
-	a.step("detach: withdrawn")
-	return a.dropAttachment(e)
+	return a.endAttachment(e)
 }
 
 // ListAttachments implements attacherv1.NodeServer. What it returns has no addresses:
@@ -395,17 +366,13 @@ func (a *Attacher) ListAttachments(ctx context.Context, r *attacherv1.ListAttach
 	out := &attacherv1.ListAttachmentsResponse{}
 	if err := a.db.View(func(tx *bbolt.Tx) error {
 		return attachments(tx, node, func(e Export, r attachmentRecord) error {
-			out.Attachments = append(out.Attachments, e.proto(r))
+			out.Attachments = append(out.Attachments, attachmentProto(e, r.ID, r.CreatedUnixNanos, Exported{}))
 			return nil
 		})
 	}); err != nil {
 		return nil, fmt.Errorf("list attachments: %w", err)
 	}
 	return out, nil
-}
-
-func (e Export) proto(r attachmentRecord) *attacherv1.Attachment {
-	return &attacherv1.Attachment{Block: e.Block, Node: e.Node, Transport: e.Transport, Nsid: e.NSID, CreatedUnixNanos: r.CreatedUnixNanos}
 }
 
 // mapRuns bounds the runs in one answer: with their owners well below a message's

@@ -8,28 +8,31 @@ import (
 	"testing"
 	"time"
 
-	"go.etcd.io/bbolt"
-
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/kind"
 )
 
-// ledger is an Exporter that only notes what it shows; package export has the real one,
-// and node/remote tests both together.
+// ledger is an Exporter that only notes what it shows, and keeps it when the attacher dies,
+// as one in another process does; package export has a real one, and TestIsolation and
+// node/remote test both together.
 type ledger struct {
 	mu    sync.Mutex
-	shown map[string]uint32 // guarded by mu: nsid by node and block
-	fail  error             // guarded by mu: of Export
+	shown map[string]Export // guarded by mu: by node and lvol
+	fail  error             // guarded by mu: of Export, which takes effect nevertheless
+	stuck error             // guarded by mu: of Withdraw
 }
 
-func (l *ledger) Transports() []string { return []string{"nvme-tcp"} }
+func (l *ledger) Transports() []string { return []string{TransportTCP, TransportRDMA} }
 
 func (l *ledger) Restore(exports []Export) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.shown = make(map[string]uint32)
+	l.shown = make(map[string]Export)
 	for _, e := range exports {
-		l.shown[e.Node+" "+e.Block] = e.NSID
+		if _, ok := l.shown[e.Node+" "+e.Block]; ok {
+			return fmt.Errorf("%+v comes twice", e)
+		}
+		l.shown[e.Node+" "+e.Block] = e
 	}
 	return nil
 }
@@ -37,24 +40,40 @@ func (l *ledger) Restore(exports []Export) error {
 func (l *ledger) Export(e Export, _ string) (Exported, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if have, ok := l.shown[e.Node+" "+e.Block]; ok && have != e {
+		return Exported{}, fmt.Errorf("%+v is shown as %+v", e, have)
+	}
+	l.shown[e.Node+" "+e.Block] = e
 	if l.fail != nil {
 		return Exported{}, l.fail
 	}
-	l.shown[e.Node+" "+e.Block] = e.NSID
 	return Exported{Subsystem: "s", UUID: "u", SizeBytes: 1}, nil
 }
 
 func (l *ledger) Withdraw(e Export) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.stuck != nil {
+		return l.stuck
+	}
 	delete(l.shown, e.Node+" "+e.Block)
 	return nil
+}
+
+func (l *ledger) set(fail, stuck error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.fail, l.stuck = fail, stuck
 }
 
 func (l *ledger) list() map[string]uint32 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return maps.Clone(l.shown)
+	out := make(map[string]uint32)
+	for k, e := range l.shown {
+		out[k] = e.NSID
+	}
+	return out
 }
 
 // exporting is a host whose attachers export.
@@ -196,7 +215,7 @@ func TestAttachFailureLeavesNothing(t *testing.T) {
 	h.crash("", 0, convertedImage)
 	a := h.start(time.Hour)
 	defer a.Close()
-	l.fail = kind.Errorf(kind.IO, "no port")
+	l.set(kind.Errorf(kind.IO, "no port"), nil)
 	if err := attachTo("n", soldier)(a); kind.Of(err) != kind.IO {
 		t.Fatal(err)
 	}
@@ -204,6 +223,198 @@ func TestAttachFailureLeavesNothing(t *testing.T) {
 		t.Fatalf("recorded are %v", got)
 	}
 	if err := deleteImage(a); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func exportTo(node, name string, readOnly bool) func(*Attacher) error {
+	return func(a *Attacher) error {
+		_, err := a.Export(background, &attacherv1.ExportRequest{Lvol: name, Owner: "c", Node: node, ReadOnly: readOnly})
+		return err
+	}
+}
+
+func unexportOf(name string) func(*Attacher) error {
+	return func(a *Attacher) error {
+		_, err := a.Unexport(background, &attacherv1.UnexportRequest{Lvol: name, Owner: "c"})
+		return err
+	}
+}
+
+// TestExportToNode: an lvol that a converter on another machine writes, beside what its node
+// has attached.
+func TestExportToNode(t *testing.T) {
+	h, l := exporting(t)
+	h.crash("", 0, convertedImage)
+	a := h.start(time.Hour)
+	holdNow(h, a, "c")
+	do := func(call func(*Attacher) error) {
+		t.Helper()
+		if err := call(a); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused := func(call func(*Attacher) error, k kind.Kind) {
+		t.Helper()
+		if err := call(a); kind.Of(err) != k {
+			t.Fatalf("got %v, want kind %q", err, k)
+		}
+	}
+	wantShown := func(want map[string]uint32) {
+		t.Helper()
+		if got := l.list(); !maps.Equal(got, want) {
+			t.Fatalf("shown are %v, want %v", got, want)
+		}
+	}
+	r, err := a.Export(background, &attacherv1.ExportRequest{Lvol: "w2", Owner: "c", Node: "n", Transport: TransportRDMA})
+	x := r.GetAttachment()
+	if err != nil || r.GetPath() != "" || r.GetSizeBytes() != 1 || !x.GetWritable() || x.GetNode() != "n" || x.GetBlock() != "w2" || x.GetTransport() != TransportRDMA ||
+		x.GetNsid() != 1 || x.GetUuid() != "u" || x.GetAttachmentId() == "" {
+		t.Fatalf("%v, %v", r, err)
+	}
+	again, err := a.Export(background, &attacherv1.ExportRequest{Lvol: "w2", Owner: "c", Node: "n"})
+	if err != nil || again.GetAttachment().GetAttachmentId() != x.GetAttachmentId() || again.GetAttachment().GetTransport() != TransportRDMA {
+		t.Fatalf("%v, %v", again, err)
+	}
+	refused(exportTo("m", "w2", false), kind.Exists)
+	refused(exportTo("", "w2", false), kind.Exists)
+	refused(exportTo("n", "w2", true), kind.Exists)
+	refused(exportTo("N", "w2", false), kind.Invalid)
+	refused(exportTo("n", soldier, false), kind.ReadOnly)
+	refused(func(a *Attacher) error {
+		_, err := a.Export(background, &attacherv1.ExportRequest{Lvol: "w2", Owner: "c", Node: "n", Transport: TransportTCP})
+		return err
+	}, kind.Exists)
+	refused(func(a *Attacher) error {
+		_, err := a.Export(background, &attacherv1.ExportRequest{Lvol: soldier, ReadOnly: true, Owner: "c", Node: "n", Transport: TransportRBD})
+		return err
+	}, kind.Unsupported)
+	refused(remove2("w2"), kind.InUse)
+	if got := listed(t, a, ""); len(got) > 0 {
+		t.Fatalf("an export is listed as attachment: %v", got)
+	}
+
+	// Attachments get other identifiers; what is both is shown once, as long as it is one.
+	do(chain(attachTo("n", soldier), exportTo("n", soldier, true), exportTo("n", lowest, true), attachTo("n", lowest)))
+	wantShown(map[string]uint32{"n w2": 1, "n " + soldier: 2, "n " + lowest: 3})
+	do(chain(detachFrom("n", soldier), unexportOf(lowest)))
+	wantShown(map[string]uint32{"n w2": 1, "n " + soldier: 2, "n " + lowest: 3})
+	do(attachTo("n", soldier))
+
+	a.Close()
+	a = h.start(time.Hour)
+	wantShown(map[string]uint32{"n w2": 1, "n " + soldier: 2, "n " + lowest: 3})
+	holdNow(h, a, "c")
+	do(exportTo("n", "w2", false))
+	do(chain(unexportOf("w2"), unexportOf("w2"), unexportOf(soldier)))
+	wantShown(map[string]uint32{"n " + soldier: 2, "n " + lowest: 3})
+	do(exportTo("n", "w2", false))
+	wantShown(map[string]uint32{"n " + soldier: 2, "n " + lowest: 3, "n w2": 4})
+	do(chain(detachFrom("n", soldier), detachFrom("n", lowest)))
+
+	// A failure leaves nothing, also one that took effect.
+	do(unexportOf("w2"))
+	l.set(kind.Errorf(kind.IO, "no port"), nil)
+	refused(exportTo("n", "w2", false), kind.IO)
+	wantShown(map[string]uint32{})
+	l.set(nil, nil)
+	do(exportTo("n", "w2", false))
+	a.Close()
+
+	a = h.start(time.Nanosecond) // its owner does not come back
+	defer a.Close()
+	for deadline := time.Now().Add(10 * time.Second); len(l.list()) > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%v is left", l.list())
+		}
+	}
+}
+
+// TestExporterAway: what an exporter that is away may or may not have done is in order soon
+// after it is back.
+func TestExporterAway(t *testing.T) {
+	h, l := exporting(t)
+	h.crash("", 0, convertedImage)
+	a := h.start(time.Hour)
+	defer a.Close()
+	away := kind.Errorf(kind.Unavailable, "the target does not answer")
+	l.set(away, away)
+	for _, node := range []string{"n", "m"} {
+		if err := attachTo(node, soldier)(a); kind.Of(err) != kind.Unavailable {
+			t.Fatal(err)
+		}
+	}
+	if err := deleteImage(a); kind.Of(err) != kind.InUse {
+		t.Fatalf("an image that a node may read is removed: %v", err)
+	}
+	if _, err := a.beginHold(background, "c"); err != nil {
+		t.Fatal(err)
+	}
+	if err := exportTo("n", "w2", false)(a); kind.Of(err) != kind.Unavailable {
+		t.Fatal(err)
+	}
+	a.mu.Lock()
+	h2 := a.holds["c"]
+	a.mu.Unlock()
+	a.endHold(h2, live)
+	<-h2.gone
+	if len(l.list()) != 3 {
+		t.Fatalf("%v", l.list())
+	}
+	l.set(nil, nil)
+	if err := attachTo("m", soldier)(a); err != nil { // that one wants it still
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	for len(l.list()) > 1 || len(h.records(a)) > 0 {
+		if time.Since(begin) > 10*time.Second {
+			t.Fatalf("%v and %v are left", l.list(), h.records(a))
+		}
+		time.Sleep(time.Millisecond)
+	}
+	t.Logf("in order after %s", time.Since(begin))
+	if got := listed(t, a, ""); len(got) != 1 || len(l.list()) != 1 {
+		t.Fatalf("recorded are %v, shown %v", got, l.list())
+	}
+}
+
+func TestReplayedDetach(t *testing.T) {
+	h, l := exporting(t)
+	h.crash("", 0, convertedImage)
+	a := h.start(time.Hour)
+	defer a.Close()
+	attach := func() string {
+		t.Helper()
+		r, err := a.AttachBlock(background, &attacherv1.AttachBlockRequest{Node: "n", Block: soldier})
+		if err != nil || r.GetAttachmentId() == "" {
+			t.Fatal(r, err)
+		}
+		return r.GetAttachmentId()
+	}
+	detach := func(id string) error {
+		_, err := a.DetachBlock(background, &attacherv1.DetachBlockRequest{Node: "n", Block: soldier, AttachmentId: id})
+		return err
+	}
+	first := attach()
+	if attach() != first {
+		t.Fatal("a repeated attach is another one")
+	}
+	for range 2 { // a lost answer
+		if err := detach(first); err != nil {
+			t.Fatal(err)
+		}
+	}
+	second := attach()
+	if err := detach(first); second == first || kind.Of(err) != kind.InUse {
+		t.Fatalf("replayed: %v", err)
+	}
+	if err := detach("x"); kind.Of(err) != kind.Invalid {
+		t.Fatal(err)
+	}
+	if len(l.list()) != 1 || len(listed(t, a, "n")) != 1 {
+		t.Fatal("it is gone")
+	}
+	if err := detach(second); err != nil || len(l.list()) != 0 {
 		t.Fatal(err)
 	}
 }
@@ -226,41 +437,23 @@ func TestNSIDs(t *testing.T) {
 	h, _ := exporting(t)
 	a := h.start(time.Hour)
 	defer a.Close()
-	give := func(i int) (id uint32, err error) {
-		err = a.db.Update(func(tx *bbolt.Tx) error {
-			if id, err = freeNSID(tx, "n"); err != nil {
-				return err
-			}
-			return put(tx, attachmentsBucket, string(attachmentKey("n", fmt.Sprintf("b%04d", i))), attachmentRecord{NSID: id})
-		})
-		return id, err
-	}
 	for i := 1; i <= MaxAttachments; i++ {
-		if id, err := give(i); err != nil || id != uint32(i) {
+		if id, err := a.reserveNSID("n"); err != nil || id != uint32(i) {
 			t.Fatalf("%d, %v", id, err)
 		}
 		if i == 3 { // gone, and not given again while there are others
-			if err := a.dropAttachment(Export{Node: "n", Block: "b0002"}); err != nil {
-				t.Fatal(err)
-			}
+			a.freeNSID("n", 2)
 		}
 	}
-	if id, err := give(2000); err != nil || id != 2 {
+	if id, err := a.reserveNSID("n"); err != nil || id != 2 {
 		t.Fatalf("the free one: %d, %v", id, err)
 	}
-	if _, err := give(2001); kind.Of(err) != kind.NoSpace {
+	if _, err := a.reserveNSID("n"); kind.Of(err) != kind.NoSpace {
 		t.Fatalf("one more than there are: %v", err)
 	}
-	// Other nodes have identifiers of their own, also one whose name begins the same.
-	for _, node := range []string{"m", "n0", "n-1"} {
-		if err := a.db.View(func(tx *bbolt.Tx) error {
-			id, err := freeNSID(tx, node)
-			if err == nil && id != 1 {
-				err = fmt.Errorf("%d", id)
-			}
-			return err
-		}); err != nil {
-			t.Errorf("%s: %v", node, err)
+	for _, node := range []string{"m", "n0", "n-1"} { // other nodes have identifiers of their own
+		if id, err := a.reserveNSID(node); err != nil || id != 1 {
+			t.Errorf("%s: %d, %v", node, id, err)
 		}
 	}
 }

@@ -128,6 +128,12 @@ func (h *host) disks() (out []string) {
 	for _, d := range disks {
 		out = append(out, d.ID)
 	}
+	if l, ok := h.exporter.(*ledger); ok {
+		for where, e := range l.list() {
+			out = append(out, fmt.Sprintf("%s (%d)", where, e))
+		}
+	}
+	slices.Sort(out)
 	return out
 }
 
@@ -264,6 +270,9 @@ func TestKilledAtEveryStep(t *testing.T) {
 		{"export", create, export},
 		{"unexport", chain(create, export), unexport},
 		{"snapshot", chain(create, export), snapshot},
+		{"export to a node", create, exportTo("n", "w", false)},
+		{"unexport of a node", chain(create, exportTo("n", "w", false)), unexport},
+		{"end of a node's hold", chain(create, exportTo("n", "w", false), snapshot, clone), endHold},
 		{"soldier", blocks, soldierOf(soldier)},
 		{"delete", create, remove},
 		{"rename", create, rename},
@@ -276,7 +285,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	for _, o := range operations {
 		t.Run(o.name, func(t *testing.T) {
 			prepare := func() *host {
-				h := newHost(t)
+				h, _ := exporting(t)
 				if o.before != nil {
 					h.crash("", 0, o.before)
 				}

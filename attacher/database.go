@@ -16,7 +16,8 @@ import (
 	"github.com/thaw-project/thaw/statedb"
 )
 
-// The database, format version 2 (1 had no attachments). Keys are lvol names unless said otherwise, values
+// The database, format version 3 (1 had no attachments; 2 no exports to nodes, no writable
+// layers and no ids of attachments). Keys are lvol names unless said otherwise, values
 // are JSON.
 //
 //	"work"      -> workRecord     an lvol that lives by a hold; written before it is created
@@ -34,7 +35,7 @@ import (
 // harmless and dropped by the next sweep of its kind.
 const (
 	dbPart    = "attacher"
-	dbVersion = 2
+	dbVersion = 3
 )
 
 var (
@@ -55,6 +56,13 @@ type workRecord struct {
 type exportRecord struct {
 	Owner    string `json:"owner"`
 	ReadOnly bool   `json:"read_only,omitempty"`
+
+	// Of an export to another machine; empty for a file on this one.
+	Node             string `json:"node,omitempty"`
+	Transport        string `json:"transport,omitempty"`
+	NSID             uint32 `json:"nsid,omitempty"`
+	ID               string `json:"id,omitempty"`
+	CreatedUnixNanos int64  `json:"created,omitempty"`
 }
 
 type blockRecord struct {
@@ -97,9 +105,29 @@ func openDB(path string) (*statedb.DB, error) {
 			string(removalsBucket), string(renamesBucket), string(imagesBucket),
 			string(attachmentsBucket),
 		},
-		// A version 1 program must not open it: it would delete blocks that nodes read.
-		Upgrade: func(*bbolt.Tx, uint32) error { return nil },
+		// Older programs must not open it: they would delete what nodes read and write.
+		Upgrade: upgrade,
 	})
+}
+
+// upgrade gives the attachments of a version without ids theirs.
+func upgrade(tx *bbolt.Tx, _ uint32) error {
+	b := tx.Bucket(attachmentsBucket)
+	records := make(map[string]attachmentRecord)
+	if err := b.ForEach(func(k, v []byte) error {
+		_, r, err := decodeAttachment(k, v)
+		r.ID = newAttachmentID()
+		records[string(k)] = r
+		return err
+	}); err != nil {
+		return err
+	}
+	for k, r := range records {
+		if err := put(tx, attachmentsBucket, k, r); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func decode(raw []byte, into any) error {

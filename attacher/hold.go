@@ -16,6 +16,8 @@ import (
 	"google.golang.org/grpc"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/attacher/identity"
+	"github.com/thaw-project/thaw/attacher/rpc"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/lvol"
 	"github.com/thaw-project/thaw/node/present"
@@ -113,6 +115,7 @@ func (a *Attacher) endHold(h *hold, from holdState) {
 		ctx, cancel := context.WithTimeout(a.life, endWait)
 		defer cancel()
 		if err := a.removeHeld(ctx, h.owner); err != nil {
+			a.retryAfter(err)
 			a.o.Logger.Warn("cannot remove all that an ended hold left, will try again", "owner", h.owner, "error", err)
 		}
 		a.mu.Lock()
@@ -173,9 +176,9 @@ func (a *Attacher) recover() error {
 		if !isExport(d) {
 			continue
 		}
-		if _, ok, err := lookup[exportRecord](a.db, exportsBucket, d.Source.Lvol); err != nil {
+		if r, ok, err := lookup[exportRecord](a.db, exportsBucket, d.Source.Lvol); err != nil {
 			return err
-		} else if ok {
+		} else if ok && r.Node == "" {
 			continue
 		}
 		if err := a.o.Presenter.Withdraw(context.Background(), d.ID); err != nil {
@@ -346,7 +349,7 @@ func (a *Attacher) removeHeld(ctx context.Context, owner string) error {
 	}
 	var errs []error
 	for _, name := range names {
-		a.step("end: " + name)
+		a.step("end: next")
 		if err := a.removeOneHeld(ctx, name, owner); err != nil {
 			errs = append(errs, err)
 		}
@@ -422,8 +425,20 @@ func exportSource(name string) present.Source {
 // Export implements attacherv1.AttacherServer.
 func (a *Attacher) Export(ctx context.Context, r *attacherv1.ExportRequest) (*attacherv1.ExportResponse, error) {
 	name, owner := r.GetLvol(), r.GetOwner()
+	node, _, err := caller(ctx, r.GetNode())
+	if err != nil {
+		return nil, err
+	}
 	if err := errors.Join(checkName("lvol name", name), checkName("owner", owner)); err != nil {
 		return nil, kind.Wrap(kind.Invalid, err)
+	}
+	switch {
+	case node != "":
+		if err := identity.CheckNode(node); err != nil {
+			return nil, err
+		}
+	case r.GetTransport() != "":
+		return nil, kind.Errorf(kind.Invalid, "export lvol %s: transport %.40q without a node", name, r.GetTransport())
 	}
 	if err := a.enter(); err != nil {
 		return nil, err
@@ -439,52 +454,61 @@ func (a *Attacher) Export(ctx context.Context, r *attacherv1.ExportRequest) (*at
 		return nil, fmt.Errorf("export lvol %s: %w", name, err)
 	}
 	defer unlock()
-	disk, err := a.export(ctx, name, exportRecord{Owner: owner, ReadOnly: r.GetReadOnly()})
+	out, err := a.export(ctx, name, r.GetTransport(), exportRecord{Owner: owner, ReadOnly: r.GetReadOnly(), Node: node})
 	if err != nil {
 		return nil, fmt.Errorf("export lvol %s: %w", name, err)
 	}
-	return &attacherv1.ExportResponse{Path: disk.Path, SizeBytes: disk.SizeBytes}, nil
+	return out, nil
 }
 
-// export records and presents. The caller has the name locked and uses the owner's
-// hold.
-func (a *Attacher) export(ctx context.Context, name string, want exportRecord) (present.Disk, error) {
+// export records and shows. The caller has the name locked and uses the owner's hold.
+func (a *Attacher) export(ctx context.Context, name, transport string, want exportRecord) (*attacherv1.ExportResponse, error) {
 	if w, ok, err := lookup[workRecord](a.db, workBucket, name); err != nil {
-		return present.Disk{}, err
+		return nil, err
 	} else if ok && w.Owner != want.Owner {
-		return present.Disk{}, a.heldError(name, w.Owner)
+		return nil, a.heldError(name, w.Owner)
 	}
 	info, err := a.o.Lvols.Get(name)
 	if err != nil {
-		return present.Disk{}, err
+		return nil, err
 	}
 	if !want.ReadOnly && (info.Snapshot || info.ReadOnly) {
-		return present.Disk{}, kind.Errorf(kind.ReadOnly, "it is read-only: ask for read access, or clone it")
+		return nil, kind.Errorf(kind.ReadOnly, "it is read-only: ask for read access, or clone it")
 	}
 	have, ok, err := lookup[exportRecord](a.db, exportsBucket, name)
 	if err != nil {
-		return present.Disk{}, err
+		return nil, err
 	}
 	if ok && have.Owner != want.Owner {
 		if a.alive(have.Owner) {
-			return present.Disk{}, kind.Errorf(kind.InUse, "it is exported to %s", have.Owner)
+			return nil, kind.Errorf(kind.InUse, "it is exported to %s", have.Owner)
 		}
 		if err := a.withdraw(ctx, name, withdrawWait); err != nil {
-			return present.Disk{}, err
+			return nil, err
 		}
 		ok = false
 	}
-	if ok && have.ReadOnly != want.ReadOnly {
-		return present.Disk{}, kind.Errorf(kind.Exists, "it is exported already, with other access: unexport it first")
-	}
-	if !ok {
-		if err := a.put(exportsBucket, name, want); err != nil {
-			return present.Disk{}, err
+	switch {
+	case ok && have.Node != want.Node:
+		return nil, kind.Errorf(kind.Exists, "it is exported already, to %s: unexport it first", have.place())
+	case ok && have.ReadOnly != want.ReadOnly:
+		return nil, kind.Errorf(kind.Exists, "it is exported already, with other access: unexport it first")
+	case ok:
+		want = have
+		if want.Node != "" {
+			if err := sameTransport(want.Transport, transport); err != nil {
+				return nil, err
+			}
+		}
+	default:
+		if want, err = a.recordExport(name, transport, want); err != nil {
+			return nil, err
 		}
 		a.step("export: recorded")
 	}
-	disk, err := a.o.Presenter.Present(ctx, diskID(name), exportSource(name), want.ReadOnly)
+	out, err := a.showExport(ctx, name, want)
 	if err != nil {
+		a.retryAfter(err)
 		if !ok {
 			cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), withdrawWait)
 			defer cancel()
@@ -492,15 +516,78 @@ func (a *Attacher) export(ctx context.Context, name string, want exportRecord) (
 				a.o.Logger.Warn("an export that failed may be left until its hold ends", "lvol", name, "error", werr)
 			}
 		}
-		return present.Disk{}, err
+		return nil, err
 	}
 	a.step("export: presented")
-	return disk, nil
+	return out, nil
+}
+
+// place says where an export is, for errors.
+func (r exportRecord) place() string {
+	if r.Node == "" {
+		return "the store's machine"
+	}
+	return "node " + r.Node
+}
+
+// recordExport writes the record of a new export and returns it.
+func (a *Attacher) recordExport(name, asked string, r exportRecord) (exportRecord, error) {
+	if r.Node == "" {
+		return r, a.put(exportsBucket, name, r)
+	}
+	var err error
+	if r.Transport, err = a.transport(asked); err != nil {
+		return r, err
+	}
+	e, _, attached, err := a.attachment(r.Node, name)
+	if err != nil {
+		return r, err
+	}
+	if attached {
+		if !r.ReadOnly {
+			return r, kind.Errorf(kind.InUse, "node %s has it attached", r.Node)
+		}
+		if err := sameTransport(e.Transport, asked); err != nil {
+			return r, err
+		}
+		r.NSID, r.Transport = e.NSID, e.Transport
+	} else if r.NSID, err = a.reserveNSID(r.Node); err != nil {
+		return r, err
+	}
+	r.ID, r.CreatedUnixNanos = newAttachmentID(), a.o.Now().UnixNano()
+	if err := a.put(exportsBucket, name, r); err != nil {
+		if !attached {
+			a.freeNSID(r.Node, r.NSID)
+		}
+		return r, err
+	}
+	return r, nil
+}
+
+// showExport shows an lvol as its record says.
+func (a *Attacher) showExport(ctx context.Context, name string, r exportRecord) (*attacherv1.ExportResponse, error) {
+	if r.Node == "" {
+		disk, err := a.o.Presenter.Present(ctx, diskID(name), exportSource(name), r.ReadOnly)
+		return &attacherv1.ExportResponse{Path: disk.Path, SizeBytes: disk.SizeBytes}, err
+	}
+	if a.o.Exporter == nil {
+		return nil, kind.Errorf(kind.Unsupported, "this store exports nothing: set export.nvme_tcp in its configuration")
+	}
+	e := r.export(name)
+	x, err := a.o.Exporter.Export(e, rpc.LocalAddress(ctx))
+	if err != nil {
+		return nil, err
+	}
+	return &attacherv1.ExportResponse{SizeBytes: x.SizeBytes, Attachment: attachmentProto(e, r.ID, r.CreatedUnixNanos, x)}, nil
 }
 
 // Unexport implements attacherv1.AttacherServer.
 func (a *Attacher) Unexport(ctx context.Context, r *attacherv1.UnexportRequest) (*attacherv1.UnexportResponse, error) {
 	name := r.GetLvol()
+	node, remote, err := caller(ctx, "")
+	if err != nil {
+		return nil, err
+	}
 	if err := errors.Join(checkName("lvol name", name), checkName("owner", r.GetOwner())); err != nil {
 		return nil, kind.Wrap(kind.Invalid, err)
 	}
@@ -523,7 +610,11 @@ func (a *Attacher) Unexport(ctx context.Context, r *attacherv1.UnexportRequest) 
 	if have.Owner != r.GetOwner() {
 		return nil, kind.Errorf(kind.InUse, "unexport lvol %s: it is exported to %s", name, have.Owner)
 	}
+	if remote && have.Node != node {
+		return nil, kind.Errorf(kind.Denied, "unexport lvol %s: it is exported to %s, and node %s asks", name, have.place(), node)
+	}
 	if err := a.withdraw(ctx, name, withdrawWait); err != nil {
+		a.retryAfter(err)
 		return nil, err
 	}
 	return &attacherv1.UnexportResponse{}, nil
@@ -532,6 +623,11 @@ func (a *Attacher) Unexport(ctx context.Context, r *attacherv1.UnexportRequest) 
 // withdraw takes an lvol's export away and then its record, waiting up to wait for a
 // kernel that has the disk open. The caller has the name locked.
 func (a *Attacher) withdraw(ctx context.Context, name string, wait time.Duration) error {
+	if r, ok, err := lookup[exportRecord](a.db, exportsBucket, name); err != nil {
+		return err
+	} else if ok && r.Node != "" {
+		return a.withdrawFrom(name, r)
+	}
 	deadline := time.Now().Add(wait)
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		err := a.o.Presenter.Withdraw(ctx, diskID(name))
@@ -551,6 +647,25 @@ func (a *Attacher) withdraw(ctx context.Context, name string, wait time.Duration
 	}
 	a.step("withdraw: withdrawn")
 	return a.drop(name, exportsBucket)
+}
+
+// withdrawFrom takes an export away from a node and then its record.
+func (a *Attacher) withdrawFrom(name string, r exportRecord) error {
+	if err := r.validate(); err != nil {
+		return kind.Errorf(kind.Corrupt, "record %.80q of exports is damaged: %w", name, err)
+	}
+	last, err := a.hide(r.export(name), exportsBucket)
+	if err != nil {
+		return fmt.Errorf("unexport lvol %s from node %s: %w", name, r.Node, err)
+	}
+	a.step("withdraw: withdrawn")
+	if err := a.drop(name, exportsBucket); err != nil {
+		return err
+	}
+	if last {
+		a.freeNSID(r.Node, r.NSID)
+	}
+	return nil
 }
 
 // heldError says who has an lvol that the caller wants.

@@ -284,7 +284,7 @@ func (a *Attacher) snapshot(ctx context.Context, name, snapshot string) (lvol.In
 	}
 	if x, ok, err := lookup[exportRecord](a.db, exportsBucket, name); err != nil {
 		return lvol.Info{}, err
-	} else if ok && !x.ReadOnly {
+	} else if ok && !x.ReadOnly && x.Node == "" {
 		disk, err := a.o.Presenter.Present(ctx, diskID(name), exportSource(name), false)
 		if err != nil {
 			return lvol.Info{}, err

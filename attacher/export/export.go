@@ -2,7 +2,8 @@
 // inside this process.
 //
 // Each node has a subsystem of its own, which only its host NQN may connect to, with one
-// read-only nvmeNamespace for each block that it has attached. Everything is derived
+// nvmeNamespace for each block that it has attached, read-only, and for each lvol that it
+// may write. Everything is derived
 // from package identity and from what the attacher has on record, so the package keeps
 // no state of its own. It must not know what a block holds or who decides on it.
 package export
@@ -29,9 +30,9 @@ import (
 type Options struct {
 	// Store is the UUID of the lvol store.
 	Store string
-	// Open opens a block read-only and tells the UUID of its lvol; the error is
-	// kind.NotFound when there is none.
-	Open func(block string) (bdev.Device, uuid.UUID, error)
+	// Open opens an lvol and tells its UUID; the error is kind.NotFound when there is
+	// none.
+	Open func(lvol string, readOnly bool) (bdev.Device, uuid.UUID, error)
 	// Portals are the addresses to listen at, each an IP address with a port. One
 	// that is unspecified (0.0.0.0, ::) listens everywhere, and a node is told the address
 	// by which it reached the attacher.
@@ -155,9 +156,9 @@ func (x *NVMe) show(e attacher.Export) error {
 	if err := x.target.AddHost(nqn, identity.HostNQN(e.Node)); err != nil && !errors.Is(err, kind.Exists) {
 		return err
 	}
-	device, lvol, err := x.o.Open(e.Block)
-	if err == nil && !device.ReadOnly() {
-		err = errors.Join(kind.Errorf(kind.Invalid, "block %s is writable", e.Block), device.Close())
+	device, lvol, err := x.o.Open(e.Block, !e.Writable)
+	if err == nil && device.ReadOnly() == e.Writable {
+		err = errors.Join(kind.Errorf(kind.Invalid, "lvol %s: writable is %t, and should be %t", e.Block, !device.ReadOnly(), e.Writable), device.Close())
 	}
 	id := x.store.NvmeNamespace(lvol, e.Node)
 	if err == nil {

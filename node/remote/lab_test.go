@@ -98,8 +98,8 @@ func (s *store) start() {
 	var err error
 	s.exporter, err = export.New(export.Options{
 		Store: s.lvols.Stat().UUID, Portals: []string{s.data},
-		Open: func(block string) (bdev.Device, uuid.UUID, error) {
-			d, err := s.lvols.OpenLvol(block, true)
+		Open: func(name string, readOnly bool) (bdev.Device, uuid.UUID, error) {
+			d, err := s.lvols.OpenLvol(name, readOnly)
 			if err != nil {
 				return nil, uuid.UUID{}, err
 			}
