@@ -173,7 +173,9 @@ type AttachDiskRequest_Attachment struct {
 }
 
 type AttachDiskRequest_Volume struct {
-	Volume string `protobuf:"bytes,4,opt,name=volume,proto3,oneof"` // a volume that the card's own target has
+	// A volume that the card's own target has, by its name at the card's bridge:
+	// "lvolStores/{store}/lvols/{lvol}", "rbdVolumes/{id}", "aioVolumes/{id}" and the like.
+	Volume string `protobuf:"bytes,4,opt,name=volume,proto3,oneof"`
 }
 
 func (*AttachDiskRequest_Attachment) isAttachDiskRequest_Source() {}
@@ -253,8 +255,12 @@ type CardDisk struct {
 	CreatedUnixNanos int64                  `protobuf:"varint,9,opt,name=created_unix_nanos,json=createdUnixNanos,proto3" json:"created_unix_nanos,omitempty"`
 	Owner            string                 `protobuf:"bytes,10,opt,name=owner,proto3" json:"owner,omitempty"`
 	Steps            []*StepTime            `protobuf:"bytes,11,rep,name=steps,proto3" json:"steps,omitempty"` // how long what took, of the call that is answered
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// UUID of this attachment: another one after every detach.
+	AttachmentId string `protobuf:"bytes,12,opt,name=attachment_id,json=attachmentId,proto3" json:"attachment_id,omitempty"`
+	// What keeps the host from using the drive now, which is being repaired; empty else.
+	Problem       string `protobuf:"bytes,13,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CardDisk) Reset() {
@@ -364,6 +370,20 @@ func (x *CardDisk) GetSteps() []*StepTime {
 	return nil
 }
 
+func (x *CardDisk) GetAttachmentId() string {
+	if x != nil {
+		return x.AttachmentId
+	}
+	return ""
+}
+
+func (x *CardDisk) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 type StepTime struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Step          string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
@@ -417,9 +437,12 @@ func (x *StepTime) GetNanos() int64 {
 }
 
 type DetachDiskRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Purpose       Purpose                `protobuf:"varint,2,opt,name=purpose,proto3,enum=thaw.attacher.v1.Purpose" json:"purpose,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Id      string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Purpose Purpose                `protobuf:"varint,2,opt,name=purpose,proto3,enum=thaw.attacher.v1.Purpose" json:"purpose,omitempty"`
+	// When it is not empty, only this attachment is meant: FAILED_PRECONDITION (in use) when
+	// the disk is attached by a newer one.
+	AttachmentId  string `protobuf:"bytes,3,opt,name=attachment_id,json=attachmentId,proto3" json:"attachment_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -466,6 +489,13 @@ func (x *DetachDiskRequest) GetPurpose() Purpose {
 		return x.Purpose
 	}
 	return Purpose_PURPOSE_UNSPECIFIED
+}
+
+func (x *DetachDiskRequest) GetAttachmentId() string {
+	if x != nil {
+		return x.AttachmentId
+	}
+	return ""
 }
 
 type DetachDiskResponse struct {
@@ -665,10 +695,12 @@ func (x *ListFunctionsResponse) GetFunctions() []*FunctionUse {
 }
 
 type FunctionUse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Function      *PcieFunction          `protobuf:"bytes,1,opt,name=function,proto3" json:"function,omitempty"`
-	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // empty when it is free
-	Purpose       Purpose                `protobuf:"varint,3,opt,name=purpose,proto3,enum=thaw.attacher.v1.Purpose" json:"purpose,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Function *PcieFunction          `protobuf:"bytes,1,opt,name=function,proto3" json:"function,omitempty"`
+	Id       string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // empty when no disk has it
+	Purpose  Purpose                `protobuf:"varint,3,opt,name=purpose,proto3,enum=thaw.attacher.v1.Purpose" json:"purpose,omitempty"`
+	// Of a subsystem that is somebody else's and that it shows: it is not given to a disk.
+	ForeignNqn    string `protobuf:"bytes,4,opt,name=foreign_nqn,json=foreignNqn,proto3" json:"foreign_nqn,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -724,6 +756,13 @@ func (x *FunctionUse) GetPurpose() Purpose {
 	return Purpose_PURPOSE_UNSPECIFIED
 }
 
+func (x *FunctionUse) GetForeignNqn() string {
+	if x != nil {
+		return x.ForeignNqn
+	}
+	return ""
+}
+
 var File_attacher_v1_card_proto protoreflect.FileDescriptor
 
 const file_attacher_v1_card_proto_rawDesc = "" +
@@ -741,7 +780,7 @@ const file_attacher_v1_card_proto_rawDesc = "" +
 	"\fPcieFunction\x12\x12\n" +
 	"\x04port\x18\x01 \x01(\rR\x04port\x12+\n" +
 	"\x11physical_function\x18\x02 \x01(\rR\x10physicalFunction\x12)\n" +
-	"\x10virtual_function\x18\x03 \x01(\rR\x0fvirtualFunction\"\x8e\x03\n" +
+	"\x10virtual_function\x18\x03 \x01(\rR\x0fvirtualFunction\"\xcd\x03\n" +
 	"\bCardDisk\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +
 	"\apurpose\x18\x02 \x01(\x0e2\x19.thaw.attacher.v1.PurposeR\apurpose\x12:\n" +
@@ -755,24 +794,29 @@ const file_attacher_v1_card_proto_rawDesc = "" +
 	"\x12created_unix_nanos\x18\t \x01(\x03R\x10createdUnixNanos\x12\x14\n" +
 	"\x05owner\x18\n" +
 	" \x01(\tR\x05owner\x120\n" +
-	"\x05steps\x18\v \x03(\v2\x1a.thaw.attacher.v1.StepTimeR\x05steps\"4\n" +
+	"\x05steps\x18\v \x03(\v2\x1a.thaw.attacher.v1.StepTimeR\x05steps\x12#\n" +
+	"\rattachment_id\x18\f \x01(\tR\fattachmentId\x12\x18\n" +
+	"\aproblem\x18\r \x01(\tR\aproblem\"4\n" +
 	"\bStepTime\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x14\n" +
-	"\x05nanos\x18\x02 \x01(\x03R\x05nanos\"X\n" +
+	"\x05nanos\x18\x02 \x01(\x03R\x05nanos\"}\n" +
 	"\x11DetachDiskRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +
-	"\apurpose\x18\x02 \x01(\x0e2\x19.thaw.attacher.v1.PurposeR\apurpose\"\x14\n" +
+	"\apurpose\x18\x02 \x01(\x0e2\x19.thaw.attacher.v1.PurposeR\apurpose\x12#\n" +
+	"\rattachment_id\x18\x03 \x01(\tR\fattachmentId\"\x14\n" +
 	"\x12DetachDiskResponse\"\x12\n" +
 	"\x10ListDisksRequest\"E\n" +
 	"\x11ListDisksResponse\x120\n" +
 	"\x05disks\x18\x01 \x03(\v2\x1a.thaw.attacher.v1.CardDiskR\x05disks\"\x16\n" +
 	"\x14ListFunctionsRequest\"T\n" +
 	"\x15ListFunctionsResponse\x12;\n" +
-	"\tfunctions\x18\x01 \x03(\v2\x1d.thaw.attacher.v1.FunctionUseR\tfunctions\"\x8e\x01\n" +
+	"\tfunctions\x18\x01 \x03(\v2\x1d.thaw.attacher.v1.FunctionUseR\tfunctions\"\xaf\x01\n" +
 	"\vFunctionUse\x12:\n" +
 	"\bfunction\x18\x01 \x01(\v2\x1e.thaw.attacher.v1.PcieFunctionR\bfunction\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x123\n" +
-	"\apurpose\x18\x03 \x01(\x0e2\x19.thaw.attacher.v1.PurposeR\apurpose*c\n" +
+	"\apurpose\x18\x03 \x01(\x0e2\x19.thaw.attacher.v1.PurposeR\apurpose\x12\x1f\n" +
+	"\vforeign_nqn\x18\x04 \x01(\tR\n" +
+	"foreignNqn*c\n" +
 	"\aPurpose\x12\x17\n" +
 	"\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rPURPOSE_BLOCK\x10\x01\x12\x14\n" +

@@ -35,10 +35,13 @@ const (
 // Every call may be repeated.
 type CardClient interface {
 	// AttachDisk returns once the card shows the drive; the host's kernel finds it by what
-	// the answer says. RESOURCE_EXHAUSTED when no function is free.
+	// the answer says. RESOURCE_EXHAUSTED when no function is free, ALREADY_EXISTS when the
+	// disk shows something else, PERMISSION_DENIED for an attachment of another node than the
+	// card's host, UNAVAILABLE when the card's target or the store does not answer in time.
 	AttachDisk(ctx context.Context, in *AttachDiskRequest, opts ...grpc.CallOption) (*CardDisk, error)
 	// DetachDisk takes the drive away and gives its function back. One that does not exist
-	// is no error.
+	// is no error. FAILED_PRECONDITION when the function cannot be taken from the host now, or
+	// when the disk is not the attachment that is meant; what was begun goes on by itself.
 	DetachDisk(ctx context.Context, in *DetachDiskRequest, opts ...grpc.CallOption) (*DetachDiskResponse, error)
 	ListDisks(ctx context.Context, in *ListDisksRequest, opts ...grpc.CallOption) (*ListDisksResponse, error)
 	// ListFunctions tells which function shows which disk.
@@ -124,10 +127,13 @@ type Card_HoldClient = grpc.ServerStreamingClient[HoldResponse]
 // Every call may be repeated.
 type CardServer interface {
 	// AttachDisk returns once the card shows the drive; the host's kernel finds it by what
-	// the answer says. RESOURCE_EXHAUSTED when no function is free.
+	// the answer says. RESOURCE_EXHAUSTED when no function is free, ALREADY_EXISTS when the
+	// disk shows something else, PERMISSION_DENIED for an attachment of another node than the
+	// card's host, UNAVAILABLE when the card's target or the store does not answer in time.
 	AttachDisk(context.Context, *AttachDiskRequest) (*CardDisk, error)
 	// DetachDisk takes the drive away and gives its function back. One that does not exist
-	// is no error.
+	// is no error. FAILED_PRECONDITION when the function cannot be taken from the host now, or
+	// when the disk is not the attachment that is meant; what was begun goes on by itself.
 	DetachDisk(context.Context, *DetachDiskRequest) (*DetachDiskResponse, error)
 	ListDisks(context.Context, *ListDisksRequest) (*ListDisksResponse, error)
 	// ListFunctions tells which function shows which disk.
