@@ -263,7 +263,8 @@ func (t *Target) deleteSubsystem(params json.RawMessage) (any, error) {
 	if t.subsystem(p.NQN) == nil && !t.isPending(classSubsystem, p.NQN) {
 		return nil, rpc.InvalidParams(noSubsystem(p.NQN))
 	}
-	if err := t.forgetKeys(objectKey(classSubsystem, p.NQN), objectKey(classHost, p.NQN), objectKey(classNamespace, p.NQN), objectKey(classListener, p.NQN)); err != nil {
+	keys := []string{objectKey(classSubsystem, p.NQN), objectKey(classHost, p.NQN), objectKey(classNamespace, p.NQN), objectKey(classListener, p.NQN)}
+	if err := t.forgetKeys(append(keys, t.partnersOf(p.NQN)...)...); err != nil {
 		return nil, err
 	}
 	if err := t.nvmf.DeleteSubsystem(p.NQN); err != nil && kind.Of(err) != kind.NotFound {
@@ -278,6 +279,7 @@ func (t *Target) deleteSubsystem(params json.RawMessage) (any, error) {
 	}
 	t.mu.RUnlock()
 	for _, l := range leases {
+		t.endPartners(l, true)
 		t.dropExport(l)
 	}
 	return true, nil
@@ -541,6 +543,7 @@ func (t *Target) exportGone(e export, key string, l *lease, wanted bool) {
 	if err := t.nvmf.RemoveNvmeNamespace(e.nqn, e.nsid); err != nil {
 		t.log.Warn("remove nvmeNamespace", "subsystem", e.nqn, "nsid", e.nsid, "err", err)
 	}
+	t.endPartners(l, wanted)
 	t.dropExport(l)
 	if !wanted {
 		t.lost(key)
@@ -567,13 +570,20 @@ func (t *Target) removeNvmeNamespace(params json.RawMessage) (any, error) {
 	if l == nil && !t.isPending(classNamespace, p.NQN, name) {
 		return nil, rpc.InvalidParams(kind.Errorf(kind.NotFound, "no nvmeNamespace %d of %.223q", p.NSID, p.NQN))
 	}
-	if err := t.forget(classNamespace, p.NQN, name); err != nil {
+	keys := []string{objectKey(classNamespace, p.NQN, name)}
+	for path, x := range t.sockets {
+		if l != nil && x.lease.with == l {
+			keys = append(keys, objectKey(classSocket, path))
+		}
+	}
+	if err := t.forgetKeys(keys...); err != nil {
 		return nil, err
 	}
 	if l != nil {
 		if err := t.nvmf.RemoveNvmeNamespace(p.NQN, p.NSID); err != nil {
 			return nil, rpc.InvalidParams(err)
 		}
+		t.endPartners(l, true)
 		t.dropExport(l)
 	}
 	return true, nil

@@ -26,7 +26,7 @@ func (t *Target) Collect(c chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, v int64, labels ...string) {
 		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), labels...)
 	}
-	products := map[string]int64{"AIO disk": 0, "Malloc disk": 0, "Logical Volume": 0, "NVMe disk": 0}
+	products := map[string]int64{"AIO disk": 0, "Malloc disk": 0, "Null disk": 0, "Logical Volume": 0, "NVMe disk": 0}
 	t.mu.RLock()
 	for _, d := range t.disks {
 		products[d.product]++

@@ -74,13 +74,13 @@ func (t *Target) storeDir(id string) string { return filepath.Join(t.o.Root, "lv
 // the lease stays.
 func baseDevice(l *lease) device.Device {
 	if f, ok := l.disk.driver.(*fileDisk); ok {
-		return keptBase{f.below()}
+		return keptBase{countedBase{f.below(), &l.disk.stat}}
 	}
 	return bdevBase{l.dev}
 }
 
 // keptBase is a device that stays open.
-type keptBase struct{ device.Device }
+type keptBase struct{ countedBase }
 
 func (keptBase) Close() error { return nil }
 

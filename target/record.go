@@ -11,6 +11,7 @@ import (
 
 	"go.etcd.io/bbolt"
 
+	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/statedb"
 	"github.com/thaw-project/thaw/target/rpc"
@@ -27,6 +28,7 @@ import (
 // anything.
 const (
 	classMemory     = 10
+	classNull       = 15
 	classFile       = 20
 	classRemote     = 30
 	classTransport  = 40
@@ -35,6 +37,7 @@ const (
 	classNamespace  = 70
 	classUblkTarget = 80
 	classKernel     = 85
+	classSocket     = 87 // after the nvmeNamespaces in whose claim it has part
 	classListener   = 90 // last: who connects finds everything
 )
 
@@ -80,6 +83,7 @@ func (t *Target) keepAs(key, method string, params any) error {
 	if t.db == nil || t.replaying {
 		return nil
 	}
+	failpoint.Reach("target.record: made")
 	raw, err := json.Marshal(params)
 	if err != nil {
 		return rpc.Internal("", err)
@@ -92,6 +96,7 @@ func (t *Target) keepAs(key, method string, params any) error {
 	if err != nil {
 		return errnoOf(fmt.Errorf("record %s: %w", printable(key), err))
 	}
+	failpoint.Reach("target.record: recorded")
 	return nil
 }
 
@@ -111,6 +116,7 @@ func (t *Target) forgetKeys(keys ...string) error {
 		if err != nil {
 			return errnoOf(fmt.Errorf("take %s off the record: %w", printable(keys[0]), err))
 		}
+		failpoint.Reach("target.record: forgotten")
 	}
 	maps.DeleteFunc(t.pending, func(k string, _ object) bool { return match(k) })
 	return nil
@@ -304,6 +310,7 @@ func (t *Target) bodies() map[string]func(json.RawMessage) (any, error) {
 	return map[string]func(json.RawMessage) (any, error){
 		"bdev_aio_create":             t.createFile,
 		"bdev_malloc_create":          t.createMemory,
+		"bdev_null_create":            t.createNull,
 		"nvmf_create_transport":       t.createTransport,
 		"nvmf_create_subsystem":       t.createSubsystem,
 		"nvmf_subsystem_add_host":     t.addHost,
@@ -312,5 +319,6 @@ func (t *Target) bodies() map[string]func(json.RawMessage) (any, error) {
 		"ublk_create_target":          t.createUblkTarget,
 		"ublk_start_disk":             t.startUblk,
 		"nbd_start_disk":              t.startNBD,
+		"thaw_nbd_export":             t.exportSocket,
 	}
 }

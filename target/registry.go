@@ -38,6 +38,7 @@ type disk struct {
 	driver     driver
 	inline     bool // answers from memory
 	local      bool // does not wait for a network
+	stat       ioStat
 
 	alias  string              // guarded by Target.mu
 	leases map[*lease]struct{} // guarded by Target.mu
@@ -62,6 +63,8 @@ type lease struct {
 	write bool
 	own   bool // the target's own work, which keeps order by other means: no claim stops it
 	fixed bool // the disk must not shrink under it
+	// with is a lease of the same disk in whose claim this one has part, or nil.
+	with *lease
 	// evict makes the user let go and release the lease, because the disk goes;
 	// wanted says that somebody asked for it. It is called with admin held.
 	evict func(wanted bool)
@@ -98,6 +101,9 @@ func (t *Target) acquire(d *disk, l *lease) error {
 	if err != nil {
 		return errnoOf(err)
 	}
+	if !l.own {
+		dev = counted(dev, &d.stat)
+	}
 	l.t, l.disk, l.dev = t, d, dev
 	t.mu.Lock()
 	d.leases[l] = struct{}{}
@@ -108,7 +114,7 @@ func (t *Target) acquire(d *disk, l *lease) error {
 // compatible tells whether two may use a disk that can be written. What nobody can
 // write, many may use: that is what a snapshot is for.
 func compatible(a, b *lease) bool {
-	return allows(a, b) && allows(b, a)
+	return b.with == a || a.with == b || allows(a, b) && allows(b, a)
 }
 
 func allows(holder, other *lease) bool {

@@ -629,3 +629,32 @@ func (d *remoteDisk) specific() any {
 		Policy string `json:"mp_policy"`
 	}{list, "active_passive"}
 }
+
+// resetController makes all paths of a controller anew. I/O waits meanwhile.
+func (t *Target) resetController(ctx context.Context, params json.RawMessage) (any, error) {
+	var p struct {
+		Name   string `json:"name"`
+		CNTLID uint16 `json:"cntlid,omitempty"`
+	}
+	if err := decode(params, &p); err != nil {
+		return nil, err
+	}
+	var h *host.Host
+	_, err := t.change(func() (any, error) {
+		r := t.remotes[p.Name]
+		if r == nil || p.CNTLID != 0 && !slices.ContainsFunc(r.h.Portals(), func(s host.PortalState) bool { return s.CNTLID == p.CNTLID }) {
+			return nil, rpc.Errno(syscall.ENODEV, kind.Errorf(kind.NotFound, "no controller %.160q", p.Name))
+		}
+		h = r.h
+		return nil, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, attachPatience)
+	defer cancel()
+	if err := h.Reset(ctx); err != nil {
+		return nil, rpc.Errno(syscall.EIO, err)
+	}
+	return true, nil
+}

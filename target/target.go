@@ -91,15 +91,16 @@ type Target struct {
 	kicked chan struct{}  // something came that pending objects may wait for
 
 	admin      sync.Mutex
-	closed     bool                // guarded by admin, as are all below
-	replaying  bool                // the calls come from the record
-	pending    map[string]object   // on record, but not made yet, by key
-	memory     int64               // bytes of malloc bdevs
-	remotes    map[string]*remote  // by name
-	mallocs    int                 // number of the next malloc bdev without a name
-	kernel     map[string]*shown   // by path: disks shown by the kernel
-	ublkOn     bool                // ublk_create_target was called
-	copies     map[uint32]*copying // by operation
+	closed     bool                     // guarded by admin, as are all below
+	replaying  bool                     // the calls come from the record
+	pending    map[string]object        // on record, but not made yet, by key
+	memory     int64                    // bytes of malloc bdevs
+	remotes    map[string]*remote       // by name
+	mallocs    int                      // number of the next malloc bdev without a name
+	kernel     map[string]*shown        // by path: disks shown by the kernel
+	sockets    map[string]*socketExport // by path: disks served by NBD
+	ublkOn     bool                     // ublk_create_target was called
+	copies     map[uint32]*copying      // by operation
 	copySeq    uint32
 	connecting map[string]bool // recorded controllers that are being attached, by key
 
@@ -121,7 +122,7 @@ func New(o Options) (_ *Target, err error) {
 	}
 	t := &Target{
 		o: o, log: o.Log, kicked: make(chan struct{}, 1),
-		pending: map[string]object{}, remotes: map[string]*remote{}, kernel: map[string]*shown{}, copies: map[uint32]*copying{}, connecting: map[string]bool{},
+		pending: map[string]object{}, remotes: map[string]*remote{}, kernel: map[string]*shown{}, sockets: map[string]*socketExport{}, copies: map[uint32]*copying{}, connecting: map[string]bool{},
 		names: map[string]*disk{}, arrived: make(chan struct{}), stores: map[string]*lvstore{}, exports: map[export]*lease{},
 	}
 	if err := os.MkdirAll(filepath.Join(o.Root, "lvstore"), 0o700); err != nil {
@@ -191,6 +192,7 @@ func (t *Target) Close() error {
 	for _, r := range t.remotes {
 		defer r.unblock()()
 	}
+	t.closeSockets()
 	t.closeExports()
 	t.closeKernel()
 	t.admin.Unlock()
@@ -248,6 +250,10 @@ func (t *Target) Methods() map[string]rpc.Method {
 		"bdev_aio_delete":    t.changing(t.deleteFile),
 		"bdev_malloc_create": t.changing(t.createMemory),
 		"bdev_malloc_delete": t.changing(t.deleteMemory),
+		"bdev_null_create":   t.changing(t.createNull),
+		"bdev_null_delete":   t.changing(t.deleteNull),
+		"bdev_get_iostat":    listing(t.getIOStat),
+		"bdev_reset_iostat":  listing(t.resetIOStat),
 
 		"bdev_lvol_create_lvstore":     t.changing(t.createStore),
 		"bdev_lvol_delete_lvstore":     t.changing(t.deleteStore),
@@ -272,6 +278,7 @@ func (t *Target) Methods() map[string]rpc.Method {
 		"bdev_nvme_attach_controller": {Handle: t.attachController},
 		"bdev_nvme_detach_controller": listing(t.detachController),
 		"bdev_nvme_get_controllers":   t.changing(t.getControllers),
+		"bdev_nvme_reset_controller":  {Handle: t.resetController},
 
 		"nvmf_create_transport":          t.changing(t.createTransport),
 		"nvmf_get_transports":            listing(t.getTransports),
@@ -291,6 +298,10 @@ func (t *Target) Methods() map[string]rpc.Method {
 		"nbd_start_disk": t.changing(t.startNBD),
 		"nbd_stop_disk":  t.changing(t.stopNBD),
 		"nbd_get_disks":  t.changing(t.getNBD),
+
+		"thaw_nbd_export":      t.changing(t.exportSocket),
+		"thaw_nbd_unexport":    t.changing(t.unexportSocket),
+		"thaw_nbd_get_exports": t.changing(t.getSockets),
 
 		"ublk_create_target":  t.changing(t.createUblkTarget),
 		"ublk_destroy_target": t.changing(t.destroyUblkTarget),

@@ -278,6 +278,13 @@ func (s *Server) forgetLocked(x *export) {
 	close(x.removed)
 }
 
+// Connections returns how many clients are connected, those in handshake included.
+func (s *Server) Connections() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pending
+}
+
 // Exports lists what is served, by name.
 func (s *Server) Exports() []Export {
 	s.mu.Lock()
