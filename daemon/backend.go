@@ -89,14 +89,14 @@ func openEmbedded(config Config, create bool, logger *slog.Logger) (storage, err
 		s.export = func() (attacher.Exporter, error) {
 			return export.New(export.Options{
 				Store: pool.Stat().UUID, Portals: config.Export.NVMeTCP, Logger: logger.With("part", "export"),
-				Open: func(block string) (bdev.Device, uuid.UUID, error) {
-					device, err := pool.OpenLvol(block, true)
+				Open: func(name string, readOnly bool) (bdev.Device, uuid.UUID, error) {
+					device, err := pool.OpenLvol(name, readOnly)
 					if err != nil {
 						return nil, uuid.UUID{}, err
 					}
 					id, err := uuid.Parse(device.UUID())
 					if err != nil {
-						return nil, id, errors.Join(kind.Errorf(kind.Corrupt, "lvol %s: %w", block, err), device.Close())
+						return nil, id, errors.Join(kind.Errorf(kind.Corrupt, "lvol %s: %w", name, err), device.Close())
 					}
 					return device, id, nil
 				},
