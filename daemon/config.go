@@ -80,11 +80,14 @@ type Config struct {
 	Run  string `toml:"run"`
 	// Process is which process of a machine this is; ProcessServer is all in one.
 	Process Process `toml:"-"`
-	// Roles are what this machine does: RoleStore, RoleNode or both.
+	// Roles are what this machine does.
 	Roles []string `toml:"roles"`
 	// Target is the name by which annotations call this store.
 	Target   string     `toml:"target"`
 	LogLevel slog.Level `toml:"log_level"`
+
+	// Node is the name by which the store of this machine knows its other processes.
+	NodeName string `toml:"node"`
 
 	Export ExportConfig   `toml:"export"`
 	Remote []RemoteConfig `toml:"remote"`
@@ -94,6 +97,11 @@ type Config struct {
 	Pool         PoolConfig         `toml:"pool"`
 	Snapshotter  SnapshotterConfig  `toml:"snapshotter"`
 	Metrics      MetricsConfig      `toml:"metrics"`
+
+	CardPart   CardConfig    `toml:"card"`
+	ImagesPart ImagesConfig  `toml:"images"`
+	PCIe       PCIeConfig    `toml:"pcie"`
+	Convert    ConvertConfig `toml:"convert"`
 }
 
 // PoolConfig describes the lvol store. Everything but IO matters only when the pool
@@ -125,6 +133,9 @@ type SnapshotterConfig struct {
 	WritableSize Size `toml:"writable_size"`
 	// AsyncRemove defers the deletion of directories to Cleanup.
 	AsyncRemove bool `toml:"async_remove"`
+	// Images is where image-mgmt is when it is not in this process; by default on this
+	// machine.
+	Images PeerConfig `toml:"images"`
 }
 
 // MetricsConfig describes the metrics listener; <run>/metrics.sock always exists.
@@ -151,10 +162,13 @@ func (c *Config) cacheDir() string {
 // DefaultConfig is the configuration without a file.
 func DefaultConfig() Config {
 	return Config{
+		Process:      ProcessServer,
 		Root:         DefaultRoot,
 		Run:          DefaultRun,
 		Roles:        []string{RoleStore, RoleNode},
 		Target:       "local",
+		NodeName:     "localhost",
+		ImagesPart:   ImagesConfig{Mode: ImagesHost},
 		LogLevel:     slog.LevelInfo,
 		Presentation: PresentationConfig{Kind: PresentationAuto},
 		Cache:        CacheConfig{Enabled: true, Size: cache.DefaultSizeBytes},
@@ -233,11 +247,14 @@ func (c *Config) Validate() error {
 		*p = abs
 	}
 	// Unix socket paths are limited to 107 bytes (sun_path, unix(7)).
-	if len(c.Paths().SnapshotterSocket) > 107 {
+	if len(filepath.Join(c.Run, "snapshotter-metrics.sock")) > 107 {
 		return kind.Errorf(kind.Invalid, "run directory %s is too long: sockets in it would exceed 107 bytes", c.Run)
 	}
 	if err := c.validateRoles(); err != nil {
 		return err
+	}
+	if err := errors.Join(c.validateCard(), c.validateImages()); err != nil {
+		return kind.Wrap(kind.Invalid, err)
 	}
 	if !targetName.MatchString(c.Target) {
 		return kind.Errorf(kind.Invalid, "target %.80q: must be 1 to 64 of a-z 0-9 . -", c.Target)
@@ -271,32 +288,6 @@ func (c *Config) Validate() error {
 		return kind.Errorf(kind.Invalid, "snapshotter.writable_size of %d bytes: must be whole MiB from 64MiB to 16TiB", s)
 	}
 	return nil
-}
-
-// Paths names every file and directory the server uses: docs/architecture.md.
-type Paths struct {
-	RootLock, RunLock                                   string
-	Pool, AttacherDB, ImagemgmtDB, Snapshotter, Mounts  string
-	RemoteDB, Scratch, Cache                            string
-	FabricsState, UblkState, NBDState                   string
-	Socket, SnapshotterSocket, KeeperSocket, MetricSock string
-	Dev, FuseState                                      string
-}
-
-// Paths returns the paths under the root and run directories.
-func (c *Config) Paths() Paths {
-	root := func(s string) string { return filepath.Join(c.Root, s) }
-	run := func(s string) string { return filepath.Join(c.Run, s) }
-	return Paths{
-		RootLock: root("lock"), RunLock: run("lock"),
-		Pool: root("pool"), AttacherDB: root("attacher.db"), ImagemgmtDB: root("imagemgmt.db"),
-		Snapshotter: root("snapshotter"), Mounts: root("mnt"),
-		RemoteDB: root("remote.db"), Scratch: root("scratch"), Cache: root("cache"),
-		Socket: run("thaw.sock"), SnapshotterSocket: run("snapshotter.sock"),
-		KeeperSocket: run("keeper.sock"), MetricSock: run("metrics.sock"),
-		Dev: run("dev"), FuseState: run("fuse.json"),
-		FabricsState: run("fabrics.json"), UblkState: run("ublk.json"), NBDState: run("nbd.json"),
-	}
 }
 
 // PrintConfig writes the configuration in force as TOML.

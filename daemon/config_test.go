@@ -50,11 +50,11 @@ func TestRoles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r := c.Remote[0]; c.Store() || !c.Node() || r.Transport != "nvme-tcp" || time.Duration(r.LossTimeout) != 10*time.Minute || !filepath.IsAbs(r.Key) {
+	if r := c.Remote[0]; c.Store() || !c.Images() || r.Transport != "nvme-tcp" || time.Duration(r.LossTimeout) != 10*time.Minute || !filepath.IsAbs(r.Key) {
 		t.Fatalf("%+v", c)
 	}
 	c, err = load(t, "[export]\nnvme_tcp = [\"10.0.0.1:4420\", \"[fd00::1]:4420\"]\nattacher = \"10.0.0.1:7443\"\ncertificate = \"c\"\nkey = \"k\"\nclient_ca = \"a\"\n"+remoteTable)
-	if err != nil || !c.Store() || !c.Node() || !c.Exports() {
+	if err != nil || !c.Store() || !c.Images() || !c.Exports() {
 		t.Fatalf("%+v, %v", c, err)
 	}
 }
@@ -127,12 +127,12 @@ func TestMissingConfigFileIsAnErrorOnlyWhenNamed(t *testing.T) {
 
 func TestSecondServerIsToldWhoHoldsTheLock(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "root", "lock")
-	first, err := lock(path, "root")
+	first, err := lock(path, "root", false)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer first.Close()
-	_, err = lock(path, "root")
+	_, err = lock(path, "root", false)
 	if kind.Of(err) != kind.InUse || !strings.Contains(err.Error(), "--root") {
 		t.Fatalf("got %v", err)
 	}

@@ -18,13 +18,14 @@ import (
 
 // openRemote opens the record of what is attached at other machines.
 func (s *Server) openRemote(registry *prometheus.Registry) (err error) {
-	if len(s.config.Remote) == 0 {
+	remotes := s.config.Remotes()
+	if len(remotes) == 0 {
 		return nil
 	}
 	o := remote.Options{DBPath: s.config.Paths().RemoteDB, Logger: s.logger.With("part", "remote"), Registerer: registry}
-	for _, r := range s.config.Remote {
+	for _, r := range remotes {
 		o.Targets = append(o.Targets, remote.TargetOptions{
-			Name: r.Name, Attacher: r.Attacher, Files: rpc.Files{Certificate: r.Certificate, Key: r.Key, CA: r.CA},
+			Name: r.Name, Attacher: r.Attacher, Files: rpc.Files{Certificate: r.Certificate, Key: r.Key, CA: r.CA}, Node: s.config.NodeName,
 			Transport: r.Transport, LossTimeout: time.Duration(r.LossTimeout),
 		})
 	}
@@ -149,7 +150,7 @@ func (s *Server) targets() (names []string) {
 	if s.config.Store() {
 		names = append(names, s.config.Target)
 	}
-	for _, r := range s.config.Remote {
+	for _, r := range s.config.Remotes() {
 		names = append(names, r.Name)
 	}
 	return names

@@ -72,16 +72,24 @@ func ProbePresentations(ctx context.Context) (unusable map[string]error, details
 	return unusable, details
 }
 
+// showsDisks tells whether this process shows disks to its own machine's kernel.
+func (s *Server) showsDisks() bool {
+	return s.config.Images() && s.config.ImagesPart.Mode == ImagesHost
+}
+
 // startData brings up what containers' I/O passes through.
 func (s *Server) startData(ctx context.Context, keeperCommand []string, registry *prometheus.Registry) error {
+	if !s.config.Store() && !s.showsDisks() {
+		return nil
+	}
 	if err := s.startFuse(ctx, keeperCommand, registry); err != nil {
 		return err
 	}
-	if !s.config.Node() {
+	if !s.showsDisks() {
 		return nil // what converters write to are files
 	}
 	unusable, _ := ProbePresentations(ctx)
-	if len(s.config.Remote) == 0 {
+	if len(s.config.Remotes()) == 0 {
 		unusable[choose.Fabrics] = kind.Errorf(kind.Unsupported, "no other machine's store is configured")
 	}
 	if s.fuse == nil {
@@ -196,7 +204,7 @@ func (s *Server) presentation(ctx context.Context, c *choose.Candidate, registry
 
 // lossTimeout is the longest of the configured remote targets.
 func (s *Server) lossTimeout() (longest time.Duration) {
-	for _, r := range s.config.Remote {
+	for _, r := range s.config.Remotes() {
 		longest = max(longest, time.Duration(r.LossTimeout))
 	}
 	return longest
@@ -274,10 +282,13 @@ func (s *Server) gone() <-chan struct{} {
 
 // shown lists what is presented, by all presentations.
 func (s *Server) shown(ctx context.Context) ([]present.Disk, error) {
-	if s.presenter != nil {
+	switch {
+	case s.presenter != nil:
 		return s.presenter.List(ctx)
+	case s.fuse != nil:
+		return s.fuse.List(ctx)
 	}
-	return s.fuse.List(ctx)
+	return nil, nil
 }
 
 // teardownData takes all disks away.

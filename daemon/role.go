@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/thaw-project/thaw/kind"
@@ -13,9 +14,14 @@ import (
 
 // What a machine does.
 const (
-	RoleStore = "store" // keeps lvols, converts, exports
-	RoleNode  = "node"  // runs containers
+	RoleStore     = "store"     // keeps lvols, converts, exports
+	RoleCard      = "card"      // shows disks to the host that this card is plugged into
+	RoleImages    = "images"    // image-mgmt: attaches blocks and has them shown
+	RoleSnapshots = "snapshots" // containerd's snapshotter
+	RoleNode      = "node"      // runs containers: RoleImages and RoleSnapshots
 )
+
+var allRoles = []string{RoleStore, RoleNode, RoleCard, RoleImages, RoleSnapshots}
 
 // ExportConfig says how a store serves other machines. Nothing is served unless both
 // addresses are set.
@@ -29,6 +35,9 @@ type ExportConfig struct {
 	// ClientCA has signed the certificates of the nodes, whose common names are the
 	// names of the nodes.
 	ClientCA string `toml:"client_ca"`
+	// Converters are the names in certificates of those that may convert images on other
+	// machines: they can change and delete everything that the store has.
+	Converters []string `toml:"converters"`
 }
 
 // RemoteConfig is a store on another machine.
@@ -44,11 +53,30 @@ type RemoteConfig struct {
 	LossTimeout Duration `toml:"loss_timeout"`
 }
 
-// Store and Node tell whether the machine has the role.
-func (c *Config) Store() bool { return slices.Contains(c.Roles, RoleStore) }
+func (c *Config) has(role string) bool { return slices.Contains(c.Roles, role) }
 
-// Node is like Store.
-func (c *Config) Node() bool { return slices.Contains(c.Roles, RoleNode) }
+// Store tells whether this process has the role, as do the others.
+func (c *Config) Store() bool { return c.has(RoleStore) }
+
+// Card is like Store.
+func (c *Config) Card() bool { return c.has(RoleCard) }
+
+// Images is like Store.
+func (c *Config) Images() bool { return c.has(RoleImages) || c.has(RoleNode) }
+
+// Snapshots is like Store.
+func (c *Config) Snapshots() bool { return c.has(RoleSnapshots) || c.has(RoleNode) }
+
+// Remotes are the stores whose blocks this process attaches: those that are configured, and
+// for image-mgmt in a process of its own that of this machine when none is.
+func (c *Config) Remotes() []RemoteConfig {
+	if len(c.Remote) > 0 || c.Process != ProcessImages {
+		return c.Remote
+	}
+	return []RemoteConfig{{
+		Name: c.Target, Attacher: c.Sockets(RoleStore)[0], Transport: remote.TransportTCP, LossTimeout: Duration(remote.DefaultLossTimeout),
+	}}
+}
 
 // Exports tells whether the store serves other machines.
 func (c *Config) Exports() bool { return c.Export.Attacher != "" }
@@ -62,22 +90,22 @@ const maxPortals = 16
 // validateRoles checks roles and what belongs to each, and fills in defaults.
 func (c *Config) validateRoles() error {
 	if len(c.Roles) == 0 {
-		return kind.Errorf(kind.Invalid, "roles is empty: must hold %s, %s or both", RoleStore, RoleNode)
+		return kind.Errorf(kind.Invalid, "roles is empty: must hold some of %s", strings.Join(allRoles, ", "))
 	}
 	for _, r := range c.Roles {
-		if r != RoleStore && r != RoleNode {
-			return kind.Errorf(kind.Invalid, "roles: %.40q is none: must be %s or %s", r, RoleStore, RoleNode)
+		if !slices.Contains(allRoles, r) {
+			return kind.Errorf(kind.Invalid, "roles: %.40q is none: must be some of %s", r, strings.Join(allRoles, ", "))
 		}
 	}
 	if err := c.validateExport(); err != nil {
 		return err
 	}
 	switch {
-	case len(c.Remote) > 0 && !c.Node():
-		return kind.Errorf(kind.Invalid, "[[remote]] is for machines with the role %s", RoleNode)
+	case len(c.Remote) > 0 && !c.Images() && c.Process == ProcessServer:
+		return kind.Errorf(kind.Invalid, "[[remote]] is for machines with the role %s or %s", RoleNode, RoleImages)
 	case len(c.Remote) > maxRemotes:
 		return kind.Errorf(kind.Invalid, "%d tables [[remote]]: must be at most %d", len(c.Remote), maxRemotes)
-	case len(c.Remote) == 0 && !c.Store():
+	case c.Process == ProcessServer && len(c.Remotes()) == 0 && c.Images() && !c.Store():
 		return kind.Errorf(kind.Invalid, "a machine without the role %s needs a [[remote]] store", RoleStore)
 	}
 	names := map[string]bool{}
@@ -99,7 +127,7 @@ func (c *Config) validateExport() error {
 		return nil
 	}
 	switch {
-	case !c.Store():
+	case !c.Store() && c.Process == ProcessServer:
 		return kind.Errorf(kind.Invalid, "[export] is for machines with the role %s", RoleStore)
 	case len(e.NVMeTCP) == 0 && c.Pool.Backend == BackendEmbedded:
 		return kind.Errorf(kind.Invalid, "[export] needs both nvme_tcp, for blocks, and attacher, for the calls of nodes")
@@ -121,6 +149,9 @@ func (c *Config) validateExport() error {
 	if _, _, err := net.SplitHostPort(e.Attacher); err != nil {
 		return kind.Errorf(kind.Invalid, "export.attacher %.80q: must be an address with a port, as 10.0.0.1:7443", e.Attacher)
 	}
+	if err := checkNames("export.converters", e.Converters, false); err != nil {
+		return err
+	}
 	return absolute(&e.Certificate, &e.Key, &e.ClientCA)
 }
 
@@ -130,10 +161,10 @@ func (r *RemoteConfig) validate(taken map[string]bool) error {
 		return kind.Errorf(kind.Invalid, "remote.name %.80q: must be 1 to 64 of a-z 0-9 . -", r.Name)
 	case taken[r.Name]:
 		return kind.Errorf(kind.Invalid, "remote %s: another target has this name: each needs its own, set by 'target' on the store", r.Name)
-	case r.Certificate == "" || r.Key == "" || r.CA == "":
+	case !filepath.IsAbs(r.Attacher) && (r.Certificate == "" || r.Key == "" || r.CA == ""):
 		return kind.Errorf(kind.Invalid, "remote %s: certificate, key and ca must be set ('thaw certificate' makes them)", r.Name)
 	}
-	if _, _, err := net.SplitHostPort(r.Attacher); err != nil {
+	if _, _, err := net.SplitHostPort(r.Attacher); err != nil && !filepath.IsAbs(r.Attacher) {
 		return kind.Errorf(kind.Invalid, "remote %s: attacher %.80q: must be an address with a port, as 10.0.0.1:7443", r.Name, r.Attacher)
 	}
 	if r.Transport == "" {
@@ -147,6 +178,9 @@ func (r *RemoteConfig) validate(taken map[string]bool) error {
 	}
 	if r.LossTimeout < Duration(time.Second) {
 		return kind.Errorf(kind.Invalid, "remote %s: loss_timeout must be at least 1s", r.Name)
+	}
+	if filepath.IsAbs(r.Attacher) {
+		return nil
 	}
 	return absolute(&r.Certificate, &r.Key, &r.CA)
 }

@@ -72,7 +72,7 @@ func Serve(ctx context.Context, config Config, keeperCommand []string, logger *s
 	s := &Server{config: config, logger: logger}
 	err := s.start(ctx, keeperCommand)
 	if err == nil {
-		logger.Info("ready", "root", config.Root, "run", config.Run, "snapshotter", config.Paths().SnapshotterSocket)
+		logger.Info("ready", s.about()...)
 		// Without a service manager both return false and no error.
 		if _, nerr := systemd.SdNotify(false, systemd.SdNotifyReady); nerr != nil {
 			logger.Warn("tell the service manager", "error", nerr)
@@ -81,6 +81,19 @@ func Serve(ctx context.Context, config Config, keeperCommand []string, logger *s
 		_, _ = systemd.SdNotify(false, systemd.SdNotifyStopping)
 	}
 	return errors.Join(err, s.close())
+}
+
+// about is what the log says of a process that is ready.
+func (s *Server) about() []any {
+	p := s.config.Paths()
+	about := []any{"root", s.config.Root, "run", s.config.Run}
+	if s.config.Snapshots() {
+		about = append(about, "snapshotter", p.SnapshotterSocket)
+	}
+	if s.config.Process != ProcessServer {
+		about = append(about, "process", string(s.config.Process), "roles", s.config.Roles)
+	}
+	return about
 }
 
 func (s *Server) onClose(what string, f func() error) {
@@ -100,15 +113,23 @@ func (s *Server) close() error {
 	return errors.Join(errs...)
 }
 
-// lock takes root and run for this process alone.
+// lock takes root and run: for this process alone, or for all but a server and others of
+// its own name.
 func (s *Server) lock() error {
 	p := s.config.Paths()
-	for _, l := range []struct{ path, what string }{{p.RootLock, "root"}, {p.RunLock, "run"}} {
-		f, err := lock(l.path, l.what)
+	for _, l := range []struct{ all, own, what string }{{p.RootLock, p.ProcessRootLock, "root"}, {p.RunLock, p.ProcessRunLock, "run"}} {
+		f, err := lock(l.all, l.what, l.own != "")
 		if err != nil {
 			return err
 		}
 		s.onClose(l.what+" lock", f.Close)
+		if l.own == "" {
+			continue
+		}
+		if f, err = lock(l.own, l.what, false); err != nil {
+			return err
+		}
+		s.onClose(l.what+" lock of "+string(s.config.Process), f.Close)
 	}
 	return nil
 }
@@ -123,12 +144,15 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 
 	// Listeners first: the cheapest thing that can fail, and containerd's calls
 	// queue while the rest starts.
-	control, err := s.listen(p.Socket)
-	if err != nil {
-		return err
+	var control net.Listener
+	var err error
+	if p.Socket != "" {
+		if control, err = s.listen(p.Socket); err != nil {
+			return err
+		}
 	}
 	var snapshots net.Listener
-	if s.config.Node() {
+	if s.config.Snapshots() {
 		if snapshots, err = s.listen(p.SnapshotterSocket); err != nil {
 			return err
 		}
@@ -144,7 +168,7 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 		return err
 	}
 	// Before the attacher, which deletes what is in nobody's use.
-	if s.config.Node() {
+	if s.config.Images() {
 		if err := s.startImages(); err != nil {
 			return err
 		}
@@ -154,7 +178,7 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 			return err
 		}
 	}
-	if s.config.Node() {
+	if s.config.Snapshots() {
 		if err := s.startSnapshots(ctx, registry); err != nil {
 			return err
 		}
@@ -162,7 +186,7 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 		snapshotsapi.RegisterSnapshotsServer(snapshotServer, snapshotservice.FromSnapshotter(s.snapshots))
 		s.services.addGRPC("snapshotter", snapshots, snapshotServer)
 	}
-	if err := s.serveControl(control); err != nil {
+	if err := s.serveParts(control); err != nil {
 		return err
 	}
 	handler := observability(registry, s.health)
@@ -208,7 +232,7 @@ func (s *Server) openStorage(ctx context.Context, registry *prometheus.Registry)
 		}
 		registry.MustRegister(storeCollector{s.store})
 	}
-	if s.config.Node() {
+	if s.config.Images() {
 		return s.openRemote(registry)
 	}
 	return nil

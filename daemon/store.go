@@ -3,15 +3,9 @@ package daemon
 import (
 	"context"
 	"io"
-	"net"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"google.golang.org/grpc"
-
-	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/attacher"
-	"github.com/thaw-project/thaw/attacher/rpc"
-	"github.com/thaw-project/thaw/kind"
 )
 
 // openStore opens what the attacher's lvols are kept in.
@@ -50,38 +44,5 @@ func (s *Server) startStore(registry *prometheus.Registry) (err error) {
 		return err
 	}
 	s.onClose("attacher", s.attacher.Close)
-	return nil
-}
-
-// serveControl serves the commands of this machine, and the calls of nodes.
-func (s *Server) serveControl(control net.Listener) error {
-	options := rpc.ServerOptions()
-	if s.attacher == nil {
-		options = append(options, grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error {
-			return kind.Errorf(kind.Unsupported, "this server has no store: run the command on the machine that has it")
-		}))
-	}
-	local := grpc.NewServer(options...)
-	if s.attacher != nil {
-		attacherv1.RegisterAttacherServer(local, s.attacher)
-		attacherv1.RegisterNodeServer(local, s.attacher)
-	}
-	s.services.addGRPC("attacher", control, local)
-	if !s.config.Exports() {
-		return nil
-	}
-	e := s.config.Export
-	credentials, err := rpc.ServerTLS(rpc.Files{Certificate: e.Certificate, Key: e.Key, CA: e.ClientCA})
-	if err != nil {
-		return err
-	}
-	l, err := listenTCP("export.attacher", e.Attacher)
-	if err != nil {
-		return err
-	}
-	// What nodes need and no more: whoever deletes or creates does it on the store.
-	nodes := grpc.NewServer(append(rpc.ServerOptions(), credentials)...)
-	attacherv1.RegisterNodeServer(nodes, s.attacher)
-	s.services.addGRPC("attacher for nodes", l, nodes)
 	return nil
 }

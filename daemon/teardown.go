@@ -25,24 +25,70 @@ import (
 // read-only needs no data, and of a writable layer only what it never read.
 const teardownLoss = 10 * time.Second
 
-// Teardown takes away what a stopped server left attached. It serves the disks
-// itself meanwhile: a file system can be unmounted only while somebody answers for
+// Teardown takes away what stopped processes of this machine left attached. It serves the
+// disks itself meanwhile: a file system can be unmounted only while somebody answers for
 // the disk it is on. Without force nothing is touched while a mount elsewhere uses
 // it, and other things in use stop it where it meets them; with force they are cut
-// off from their users, who get errors.
-func Teardown(ctx context.Context, config Config, keeperCommand []string, force bool, progress io.Writer) (err error) {
-	s := &Server{config: config, logger: slog.New(slog.DiscardHandler)}
-	defer func() { err = errors.Join(err, s.close()) }()
-	if err := s.lock(); err != nil {
+// off from their users, who get errors. keeperCommand is how each's keeper is started.
+func Teardown(ctx context.Context, config Config, keeperCommand func(Config) ([]string, error), force bool, progress io.Writer) (err error) {
+	all := config
+	all.Process = ProcessServer
+	whole := &Server{config: all, logger: slog.New(slog.DiscardHandler)}
+	defer func() { err = errors.Join(err, whole.close()) }()
+	if err := whole.lock(); err != nil {
 		return err
 	}
+	for _, part := range config.left() {
+		keeper, err := keeperCommand(part)
+		if err != nil {
+			return err
+		}
+		if err := teardown(ctx, part, keeper, force, progress); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// left are the processes that may have left something since the machine started, those whose
+// disks are mounted first.
+func (c *Config) left() []Config {
+	as := func(p Process) Config {
+		part := *c
+		if err := part.As(p); err != nil {
+			part.Roles = nil
+		}
+		return part
+	}
+	ran := func(part Config) bool {
+		_, err := os.Stat(part.Paths().ProcessRunLock)
+		return err == nil
+	}
+	first := as(ProcessServer)
+	for _, p := range []Process{ProcessImages, ProcessSnapshots} {
+		if part := as(p); ran(part) {
+			first = part
+			break
+		}
+	}
+	list := []Config{first}
+	if part := as(ProcessAttacher); ran(part) && part.Store() {
+		list = append(list, part)
+	}
+	return list
+}
+
+func teardown(ctx context.Context, config Config, keeperCommand []string, force bool, progress io.Writer) (err error) {
+	s := &Server{config: config, logger: slog.New(slog.DiscardHandler)}
+	defer func() { err = errors.Join(err, s.close()) }()
 	if config.Store() {
 		if err := s.openStore(ctx, false); err != nil {
 			return err
 		}
 	}
-	if config.Node() {
+	if s.showsDisks() {
 		// A store that is away must not make this wait for as long as containers would.
+		s.config.Remote = slices.Clone(s.config.Remotes())
 		for i := range s.config.Remote {
 			s.config.Remote[i].LossTimeout = Duration(teardownLoss)
 		}
@@ -67,8 +113,13 @@ func Teardown(ctx context.Context, config Config, keeperCommand []string, force 
 			return kind.Errorf(kind.InUse, "%s is in use by what is mounted on %s: stop the container, or use --force", p.Dev, target)
 		}
 	}
-	if err := unmountAll(ctx, []string{p.Mounts, p.Snapshotter}, force, progress); err != nil {
-		return err
+	if config.Process != ProcessAttacher {
+		if err := unmountAll(ctx, []string{p.Mounts, p.Snapshotter}, force, progress); err != nil {
+			return err
+		}
+	}
+	if s.closeData == nil {
+		return nil
 	}
 	if err := detachLoops(ctx, p.Dev, progress); err != nil {
 		return err

@@ -7,7 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
-	"github.com/thaw-project/thaw/attacher/rpc"
+	"github.com/thaw-project/thaw/daemon"
 )
 
 func newAttachment() *cobra.Command {
@@ -19,11 +19,7 @@ func newAttachment() *cobra.Command {
 
 // callNode runs f with a client of the server's calls for nodes.
 func (p *place) callNode(cmd *cobra.Command, f func(attacherv1.NodeClient) error) error {
-	config, err := p.load()
-	if err != nil {
-		return err
-	}
-	conn, err := dial(cmd.Context(), config.Paths().Socket, rpc.DialOptions()...)
+	conn, err := p.part(cmd.Context(), daemon.RoleStore)
 	if err != nil {
 		return err
 	}

@@ -23,6 +23,7 @@ import (
 type place struct {
 	config, root, run string
 	roles             []string
+	process           daemon.Process // that a command runs
 }
 
 func (p *place) register(cmd *cobra.Command) {
@@ -46,7 +47,25 @@ func (p *place) load() (daemon.Config, error) {
 	if len(p.roles) > 0 {
 		config.Roles = p.roles
 	}
+	if err := config.As(p.process); err != nil {
+		return config, err
+	}
 	return config, config.Validate()
+}
+
+// part connects to the part of this machine that role names, in whichever process it is.
+func (p *place) part(ctx context.Context, role string) (*grpc.ClientConn, error) {
+	config, err := p.load()
+	if err != nil {
+		return nil, err
+	}
+	sockets := config.Sockets(role)
+	for _, s := range sockets[:len(sockets)-1] {
+		if conn, err := dial(ctx, s, rpc.DialOptions()...); !errors.Is(err, kind.Unavailable) {
+			return conn, err
+		}
+	}
+	return dial(ctx, sockets[len(sockets)-1], rpc.DialOptions()...)
 }
 
 // dial connects to one of the server's sockets and fails at once, with what to do,
@@ -71,11 +90,7 @@ func dial(ctx context.Context, socket string, options ...grpc.DialOption) (*grpc
 
 // attacherClient connects to the server's attacher.
 func (p *place) attacherClient(ctx context.Context) (attacherv1.AttacherClient, func(), error) {
-	config, err := p.load()
-	if err != nil {
-		return nil, nil, err
-	}
-	conn, err := dial(ctx, config.Paths().Socket, rpc.DialOptions()...)
+	conn, err := p.part(ctx, daemon.RoleStore)
 	if err != nil {
 		return nil, nil, err
 	}
