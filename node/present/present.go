@@ -18,6 +18,9 @@ type SourceKind string
 const (
 	SourceLvol  SourceKind = "lvol"  // an lvol by name
 	SourceQcow2 SourceKind = "qcow2" // a qcow2 file over an lvol
+	// SourceWritable is a writable layer that the target keeps itself: a clone of the lvol,
+	// known by the disk's id.
+	SourceWritable SourceKind = "writable"
 )
 
 // Source names what stands behind a presented disk, well enough to open it again

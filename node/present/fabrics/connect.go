@@ -16,6 +16,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/node/present/nvmesys"
 )
 
 // The transports that this package connects.
@@ -217,7 +218,7 @@ func (linux) Load(ctx context.Context, transport string) error {
 // parseReply checks the kernel's answer to a connect: "instance=0,cntlid=1".
 func parseReply(reply string) error {
 	for part := range strings.SplitSeq(strings.TrimSpace(reply), ",") {
-		if n, ok := strings.CutPrefix(part, "instance="); ok && digits(n) {
+		if n, ok := strings.CutPrefix(part, "instance="); ok && nvmesys.Digits(n) {
 			return nil
 		}
 	}

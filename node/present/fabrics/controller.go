@@ -6,36 +6,10 @@ import (
 	"fmt"
 	"io/fs"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/thaw-project/thaw/kind"
 )
-
-// news lets many wait for the next event.
-type news struct {
-	mu sync.Mutex
-	ch chan struct{} // guarded by mu: closed by the next event
-}
-
-// next returns what is closed by the next event. Who looks after calling it misses none.
-func (n *news) next() <-chan struct{} {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.ch == nil {
-		n.ch = make(chan struct{})
-	}
-	return n.ch
-}
-
-func (n *news) tell() {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.ch != nil {
-		close(n.ch)
-		n.ch = nil
-	}
-}
 
 // wake has controllers looked after.
 func (p *Presenter) wake() {

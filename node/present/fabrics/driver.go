@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/thaw-project/thaw/node/present/blockdev"
+	"github.com/thaw-project/thaw/node/present/nvmesys"
 )
 
 // driver is what the presenter needs of the kernel. Tests on a machine without NVMe put
@@ -51,4 +52,8 @@ func (linux) Claim(ctx context.Context, path string, wait time.Duration, readOnl
 		return nil, err
 	}
 	return c.Release, nil
+}
+
+func (linux) Watch(ctx context.Context, ready, changed func()) error {
+	return nvmesys.Watch(ctx, nvmesys.Event.NVMe, ready, changed)
 }

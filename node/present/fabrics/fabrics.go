@@ -34,6 +34,7 @@ import (
 	"github.com/thaw-project/thaw/keylock"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/present"
+	"github.com/thaw-project/thaw/node/present/nvmesys"
 	"github.com/thaw-project/thaw/node/present/runstate"
 )
 
@@ -151,7 +152,7 @@ type Presenter struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	work   sync.WaitGroup
-	news   news
+	news   nvmesys.News
 	kick   chan struct{} // capacity 1: controllers are to be looked after
 
 	// These are taken in this order.
@@ -244,7 +245,7 @@ func (p *Presenter) load() error {
 // watch listens to the kernel until Close. ready is called once it does, or cannot.
 func (p *Presenter) watch(ready func()) {
 	for {
-		err := p.options.driver.Watch(p.ctx, func() { ready(); p.news.tell() }, func() { p.news.tell(); p.wake() })
+		err := p.options.driver.Watch(p.ctx, func() { ready(); p.news.Tell() }, func() { p.news.Tell(); p.wake() })
 		ready()
 		if p.ctx.Err() != nil {
 			return
@@ -484,7 +485,7 @@ func (p *Presenter) until(ctx context.Context, done func() (bool, error)) error 
 	again := time.NewTicker(lookEvery)
 	defer again.Stop()
 	for {
-		event := p.news.next()
+		event := p.news.Next()
 		ok, err := done()
 		if ok || err != nil {
 			return err

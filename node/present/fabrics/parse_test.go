@@ -1,19 +1,15 @@
 package fabrics
 
 import (
-	"bytes"
-	"context"
 	"errors"
 	"io/fs"
-	"os"
 	"strings"
 	"testing"
 	"testing/fstest"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/node/present/nvmesys"
 )
 
 func goodExport() Export {
@@ -167,71 +163,9 @@ func FuzzSysfs(f *testing.F) {
 		controllers(sys)
 		list, _ := drives(sys, "nqn.x")
 		for _, d := range list {
-			if d.SizeBytes < 0 || !isDrive(d.Name) {
+			if d.SizeBytes < 0 || !nvmesys.IsDrive(d.Name) {
 				t.Errorf("%+v", d)
 			}
 		}
 	})
-}
-
-func TestUevents(t *testing.T) {
-	message := func(s ...string) []byte { return []byte(strings.Join(s, "\x00") + "\x00") }
-	for _, c := range []struct {
-		b         []byte
-		want      uevent
-		ok, ofUse bool
-	}{
-		{message("add@/devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1", "ACTION=add", "SUBSYSTEM=block", "DEVNAME=nvme0n1", "DEVTYPE=disk"), uevent{"add", "block", "nvme0n1"}, true, true},
-		{message("change@/x", "ACTION=change", "SUBSYSTEM=nvme", "NVME_EVENT=connected"), uevent{"change", "nvme", ""}, true, true},
-		{message("add@/devices/loop0", "ACTION=add", "SUBSYSTEM=block", "DEVNAME=loop0"), uevent{"add", "block", "loop0"}, true, false},
-		{message("libudev", "\xfe\xed\xca\xfe", "ACTION=add"), uevent{}, false, false},
-		{message("add@/x"), uevent{}, false, false},
-		{nil, uevent{}, false, false},
-		{bytes.Repeat([]byte("x"), maxUeventBytes+1), uevent{}, false, false},
-	} {
-		got, ok := parseUevent(c.b)
-		if ok != c.ok || ok && (got != c.want || got.concerns() != c.ofUse) {
-			t.Errorf("%.60q: %+v, %t", c.b, got, ok)
-		}
-	}
-}
-
-func FuzzUevent(f *testing.F) {
-	f.Add([]byte("add@/x\x00ACTION=add\x00SUBSYSTEM=block\x00DEVNAME=nvme0n1\x00"))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		if e, ok := parseUevent(b); ok && (e.Action == "" || e.Subsystem == "") {
-			t.Errorf("%+v", e)
-		}
-	})
-}
-
-// TestWatch has the kernel send events about a device that is none of ours: they are
-// received, told from ours, and the watch ends when it is told to.
-func TestWatch(t *testing.T) {
-	ctx, cancel := context.WithCancel(context.Background())
-	ready := make(chan struct{})
-	ended := make(chan error, 1)
-	go func() {
-		ended <- linux{}.Watch(ctx, func() { close(ready) }, func() { t.Error("an event about loop0 was taken for one of NVMe") })
-	}()
-	select {
-	case <-ready:
-	case err := <-ended:
-		cancel()
-		t.Skipf("no kernel events here: %v", err)
-	}
-	if fd, err := unix.Open("/sys/block/loop0/uevent", unix.O_WRONLY|unix.O_CLOEXEC, 0); err == nil && os.Geteuid() == 0 {
-		unix.Write(fd, []byte("change"))
-		unix.Close(fd)
-	}
-	// Others may send to the socket as well; that is no event either.
-	if fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_KOBJECT_UEVENT); err == nil {
-		unix.Sendto(fd, []byte("add@/x\x00ACTION=add\x00SUBSYSTEM=nvme\x00"), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1})
-		unix.Close(fd)
-	}
-	time.Sleep(20 * time.Millisecond)
-	cancel()
-	if err := <-ended; err != nil {
-		t.Error(err)
-	}
 }

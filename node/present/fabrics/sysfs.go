@@ -4,6 +4,8 @@ import (
 	"io/fs"
 	"strconv"
 	"strings"
+
+	"github.com/thaw-project/thaw/node/present/nvmesys"
 )
 
 // controller is what /sys/class/nvme shows of one controller.
@@ -44,16 +46,16 @@ func (d *drive) path() string { return "/dev/" + d.Name }
 // controllers lists the fabrics controllers in sys, which is /sys. One that vanishes
 // meanwhile is left out.
 func controllers(sys fs.FS) ([]controller, error) {
-	entries, err := readDir(sys, "class/nvme")
+	entries, err := nvmesys.List(sys, "class/nvme")
 	if err != nil {
 		return nil, err
 	}
 	var list []controller
 	for _, e := range entries {
 		dir := "class/nvme/" + e.Name() + "/"
-		c := controller{Name: e.Name(), Subsystem: attribute(sys, dir+"subsysnqn"), HostNQN: attribute(sys, dir+"hostnqn"), State: attribute(sys, dir+"state")}
-		c.Transport = attribute(sys, dir+"transport")
-		c.Address, c.Service = parseAddress(attribute(sys, dir+"address"))
+		c := controller{Name: e.Name(), Subsystem: nvmesys.Attribute(sys, dir+"subsysnqn"), HostNQN: nvmesys.Attribute(sys, dir+"hostnqn"), State: nvmesys.Attribute(sys, dir+"state")}
+		c.Transport = nvmesys.Attribute(sys, dir+"transport")
+		c.Address, c.Service = parseAddress(nvmesys.Attribute(sys, dir+"address"))
 		if c.Subsystem == "" || c.Transport == "" || c.Transport == "pcie" {
 			continue
 		}
@@ -79,70 +81,33 @@ func parseAddress(text string) (address, service string) {
 // drives lists the nvmeNamespaces in sys that are of a subsystem. With native multipath
 // there is one for all controllers of it; without, one for each.
 func drives(sys fs.FS, subsystem string) ([]drive, error) {
-	entries, err := readDir(sys, "block")
+	entries, err := nvmesys.List(sys, "block")
 	if err != nil {
 		return nil, err
 	}
 	var list []drive
 	for _, e := range entries {
-		if !isDrive(e.Name()) {
+		if !nvmesys.IsDrive(e.Name()) {
 			continue
 		}
 		dir := "block/" + e.Name() + "/"
 		// The device is the subsystem with native multipath, else the controller.
-		if attribute(sys, dir+"device/subsysnqn") != subsystem {
+		if nvmesys.Attribute(sys, dir+"device/subsysnqn") != subsystem {
 			continue
 		}
-		sectors, err := strconv.ParseInt(attribute(sys, dir+"size"), 10, 64)
+		sectors, err := strconv.ParseInt(nvmesys.Attribute(sys, dir+"size"), 10, 64)
 		if err != nil || sectors < 0 || sectors > 1<<54 {
 			continue // it is coming or going
 		}
-		d := drive{Name: e.Name(), Subsystem: subsystem, SizeBytes: sectors * 512, ReadOnly: attribute(sys, dir+"ro") == "1"}
-		if id, ok := strings.CutPrefix(attribute(sys, dir+"wwid"), "uuid."); ok {
+		d := drive{Name: e.Name(), Subsystem: subsystem, SizeBytes: sectors * 512, ReadOnly: nvmesys.Attribute(sys, dir+"ro") == "1"}
+		if id, ok := strings.CutPrefix(nvmesys.Attribute(sys, dir+"wwid"), "uuid."); ok {
 			d.UUID = strings.ToLower(id)
 		} else {
-			d.UUID = strings.ToLower(attribute(sys, dir+"uuid"))
+			d.UUID = strings.ToLower(nvmesys.Attribute(sys, dir+"uuid"))
 		}
 		if d.UUID != "" {
 			list = append(list, d)
 		}
 	}
 	return list, nil
-}
-
-// isDrive tells whether a block device is a whole nvmeNamespace: nvme0n1, but neither a
-// partition nvme0n1p1 nor one path of several, nvme0c1n1.
-func isDrive(name string) bool {
-	rest, ok := strings.CutPrefix(name, "nvme")
-	if !ok {
-		return false
-	}
-	subsystem, number, ok := strings.Cut(rest, "n")
-	return ok && digits(subsystem) && digits(number)
-}
-
-func digits(s string) bool {
-	return s != "" && strings.Trim(s, "0123456789") == ""
-}
-
-// readDir is fs.ReadDir for which a folder that does not exist is empty: a kernel that
-// has not loaded nvme has none.
-func readDir(sys fs.FS, name string) ([]fs.DirEntry, error) {
-	entries, err := fs.ReadDir(sys, name)
-	if err != nil {
-		if _, serr := fs.Stat(sys, name); serr != nil {
-			return nil, nil
-		}
-		return nil, err
-	}
-	return entries, nil
-}
-
-// attribute reads an attribute, which is at most a page; "" when there is none.
-func attribute(sys fs.FS, name string) string {
-	raw, err := fs.ReadFile(sys, name)
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(raw[:min(len(raw), 4096)]))
 }

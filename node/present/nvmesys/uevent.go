@@ -1,4 +1,4 @@
-package fabrics
+package nvmesys
 
 import (
 	"bytes"
@@ -7,13 +7,14 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// uevent is a message of the kernel about a device.
-type uevent struct {
+// Event is a message of the kernel about a device.
+type Event struct {
 	Action    string // add, remove, change
 	Subsystem string
 	Name      string // DEVNAME, as "nvme0n1"
@@ -22,8 +23,8 @@ type uevent struct {
 // maxUeventBytes is the largest message (UEVENT_BUFFER_SIZE and its header).
 const maxUeventBytes = 8192
 
-// parseUevent reads "add@/devices/...\0ACTION=add\0...".
-func parseUevent(b []byte) (e uevent, ok bool) {
+// ParseEvent reads "add@/devices/...\0ACTION=add\0...".
+func ParseEvent(b []byte) (e Event, ok bool) {
 	if len(b) > maxUeventBytes {
 		return e, false
 	}
@@ -44,8 +45,8 @@ func parseUevent(b []byte) (e uevent, ok bool) {
 	return e, e.Action != "" && e.Subsystem != ""
 }
 
-// concerns tells whether something of NVMe came, went or changed.
-func (e *uevent) concerns() bool {
+// NVMe tells whether something of NVMe came, went or changed.
+func (e Event) NVMe() bool {
 	switch e.Subsystem {
 	case "nvme", "nvme-subsystem":
 		return true
@@ -59,9 +60,9 @@ func (e *uevent) concerns() bool {
 // some megabytes at once; what does not fit is told by ENOBUFS, and then all is looked at.
 const ueventBufferBytes = 1 << 20
 
-// Watch implements driver: it calls ready when no event can be missed any more, and changed
-// for each that concerns NVMe or may have been lost, until ctx ends.
-func (linux) Watch(ctx context.Context, ready, changed func()) error {
+// Watch calls ready when no event can be missed any more, and changed for each event that
+// wanted wants and when some may have been lost, until ctx ends; then it returns nil.
+func Watch(ctx context.Context, wanted func(Event) bool, ready, changed func()) error {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
 	if err != nil {
 		return fmt.Errorf("listen for kernel events: %w", err)
@@ -108,8 +109,34 @@ func (linux) Watch(ctx context.Context, ready, changed func()) error {
 		if a, ok := from.(*unix.SockaddrNetlink); !ok || a.Pid != 0 {
 			continue
 		}
-		if e, ok := parseUevent(b[:n]); ok && e.concerns() {
+		if e, ok := ParseEvent(b[:n]); ok && wanted(e) {
 			changed()
 		}
+	}
+}
+
+// News lets many wait for the next event.
+type News struct {
+	mu sync.Mutex
+	ch chan struct{} // guarded by mu: closed by the next event
+}
+
+// Next returns what is closed by the next event. Who looks after calling it misses none.
+func (n *News) Next() <-chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.ch == nil {
+		n.ch = make(chan struct{})
+	}
+	return n.ch
+}
+
+// Tell says that there was an event.
+func (n *News) Tell() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.ch != nil {
+		close(n.ch)
+		n.ch = nil
 	}
 }
