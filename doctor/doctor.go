@@ -8,10 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -46,8 +48,9 @@ type Finding struct {
 
 // Options says where to look.
 type Options struct {
-	Root, Run         string
-	MetricsSocket     string
+	Root, Run string
+	// MetricsSockets are those of the processes that should run here, by name.
+	MetricsSockets    map[string]string
 	SnapshotterSocket string
 	ContainerdSocket  string
 	// Snapshotter is the plugin's name in containerd's configuration.
@@ -66,8 +69,11 @@ func Examine(ctx context.Context, o Options) []Finding {
 	checks := []func(context.Context, Options) Finding{
 		privileges, kernel, fuseDevice, filesystem("overlay"), filesystem("erofs"), filesystem("ext4"), loop,
 		tool("mkfs.ext4", "e2fsprogs", "to convert with --filesystem ext4"), disk(func(o Options) string { return o.Root }), runDir,
-		server, containerd,
 	}
+	for _, name := range slices.Sorted(maps.Keys(o.MetricsSockets)) {
+		checks = append(checks, process(name, o.MetricsSockets[name]))
+	}
+	checks = append(checks, containerd)
 	findings := make([]Finding, 0, len(checks))
 	for _, check := range checks {
 		findings = append(findings, check(ctx, o))
@@ -234,11 +240,16 @@ func runDir(_ context.Context, o Options) Finding {
 	return f
 }
 
-func server(ctx context.Context, o Options) Finding {
-	f := Finding{Check: "thaw server", State: OK, Detail: "healthy"}
+// process asks a process of ours how it is.
+func process(name, socket string) func(context.Context, Options) Finding {
+	return func(ctx context.Context, _ Options) Finding { return healthy(ctx, name, socket) }
+}
+
+func healthy(ctx context.Context, name, socket string) Finding {
+	f := Finding{Check: "thaw " + name, State: OK, Detail: "healthy"}
 	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", o.MetricsSocket)
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
 		},
 		DisableKeepAlives: true,
 	}}
@@ -249,7 +260,7 @@ func server(ctx context.Context, o Options) Finding {
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		f.State, f.Detail, f.Advice = Fail, "nobody answers on "+o.MetricsSocket, "start it: thaw server"
+		f.State, f.Detail, f.Advice = Fail, "nobody answers on "+socket, "start it: thaw "+name
 		return f
 	}
 	defer resp.Body.Close()

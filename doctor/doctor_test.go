@@ -18,7 +18,7 @@ func TestRelease(t *testing.T) {
 
 func TestMissingPartsAreFailuresWithAdvice(t *testing.T) {
 	dir := t.TempDir()
-	o := Options{Root: dir, Run: dir + "/run", MetricsSocket: dir + "/no.sock", ContainerdSocket: dir + "/none.sock", Snapshotter: "thaw"}
+	o := Options{Root: dir, Run: dir + "/run", MetricsSockets: map[string]string{"server": dir + "/no.sock"}, ContainerdSocket: dir + "/none.sock", Snapshotter: "thaw"}
 	states := map[string]Finding{}
 	for _, f := range Examine(context.Background(), o) {
 		states[f.Check] = f

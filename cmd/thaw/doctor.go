@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"os"
 	"path/filepath"
 	"strings"
 	"text/tabwriter"
@@ -34,7 +35,7 @@ func newDoctor() *cobra.Command {
 			p := config.Paths()
 			presentations, details := daemon.ProbePresentations(cmd.Context())
 			findings := doctor.Examine(cmd.Context(), doctor.Options{
-				Root: config.Root, Run: config.Run, MetricsSocket: p.MetricSock, SnapshotterSocket: p.SnapshotterSocket,
+				Root: config.Root, Run: config.Run, MetricsSockets: processes(config), SnapshotterSocket: p.SnapshotterSocket,
 				ContainerdSocket: containerd, Snapshotter: snapshotter,
 				Presentations: presentations, PresentationDetails: details, Force: config.Presentation.Force(),
 			})
@@ -69,6 +70,22 @@ func newDoctor() *cobra.Command {
 	cmd.Flags().StringVar(&containerd, "containerd", "/run/containerd/containerd.sock", "containerd's socket")
 	cmd.Flags().StringVar(&snapshotter, "snapshotter", "thaw", "the snapshotter's name in containerd's configuration")
 	return cmd
+}
+
+// processes are the metrics sockets of the processes that run here or should: those of
+// their own where there is any, else the server's.
+func processes(config daemon.Config) map[string]string {
+	found := make(map[string]string)
+	sockets := config.MetricsSockets()
+	for p, socket := range sockets {
+		if _, err := os.Stat(socket); err == nil && p != daemon.ProcessServer {
+			found[string(p)] = socket
+		}
+	}
+	if len(found) == 0 {
+		found[string(daemon.ProcessServer)] = sockets[daemon.ProcessServer]
+	}
+	return found
 }
 
 // remoteStore tells whether the store on another machine answers.
