@@ -43,6 +43,9 @@ func (b *Bridge) CreateAioVolume(ctx context.Context, r *opiv1.CreateAioVolumeRe
 	}, func(name string) error {
 		_, err := b.spdk.BdevAIOCreate(ctx, spdk.BdevAIOCreateParams{Name: name, Filename: want.Filename, BlockSizeBytes: uint32(want.BlockSize), UUID: want.Uuid})
 		made = err == nil
+		if made { // an lvstore on it is there when the volume is
+			err = b.spdk.BdevWaitForExamine(ctx)
+		}
 		return err
 	})
 	if err != nil {

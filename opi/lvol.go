@@ -46,8 +46,13 @@ func (l *lvol) proto() *lvolv1.Lvol {
 	d := l.detail()
 	p := &lvolv1.Lvol{Name: l.name(), Uuid: l.UUID, Snapshot: l.IsSnapshot, Degraded: l.IsDegraded, Thick: !l.IsThinProvisioned,
 		Parent: l.sibling(d.BaseSnapshot), ExternalParent: d.ExternalSnapshotName, AllocatedBytes: int64(l.NumAllocatedClusters * l.store.ClusterSizeBytes)}
+	p.ReadOnly = l.IsSnapshot
 	if l.bdev != nil {
 		p.SizeBytes = int64(l.bdev.SizeBytes())
+		// SPDK has no word for an lvol that bdev_lvol_set_read_only was called for, but
+		// does not let it be written.
+		p.ReadOnly = p.ReadOnly || !l.bdev.SupportedIO.Write
+		p.InUse = l.bdev.Claimed
 	}
 	for _, c := range slices.Sorted(slices.Values(d.Clones)) {
 		p.Clones = append(p.Clones, l.sibling(c))
@@ -111,6 +116,19 @@ func (b *Bridge) lvol(ctx context.Context, store, name string) (*lvol, error) {
 		err = kind.Errorf(kind.NotFound, "lvstore %s has no lvol %s", store, name)
 	}
 	return nil, err
+}
+
+// sureLvol is lvol for those who only read: what an lvstore does not have while it is
+// being loaded is not taken for missing.
+func (b *Bridge) sureLvol(ctx context.Context, store, name string) (*lvol, error) {
+	l, err := b.lvol(ctx, store, name)
+	if !errors.Is(err, kind.NotFound) {
+		return l, err
+	}
+	if err := b.spdk.BdevWaitForExamine(ctx); err != nil {
+		return nil, err
+	}
+	return b.lvol(ctx, store, name)
 }
 
 func (b *Bridge) lvolNamed(ctx context.Context, name string) (*lvol, error) {
@@ -283,7 +301,11 @@ func (b *Bridge) isBdev(ctx context.Context, name string, bdev *spdk.Bdev) bool 
 
 // GetLvol returns an lvol.
 func (b *Bridge) GetLvol(ctx context.Context, r *lvolv1.GetLvolRequest) (*lvolv1.Lvol, error) {
-	l, err := b.lvolNamed(ctx, r.GetName())
+	texts, err := parse(r.GetName(), lvolStores, lvols)
+	if err != nil {
+		return nil, err
+	}
+	l, err := b.sureLvol(ctx, texts[0], texts[1])
 	if err != nil {
 		return nil, err
 	}

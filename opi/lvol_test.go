@@ -159,9 +159,14 @@ func TestLvols(t *testing.T) {
 	}); d.Parent != "" {
 		t.Errorf("%v", d)
 	}
-	twice(func() (*lvolv1.Lvol, error) {
+	if v := must[*lvolv1.Lvol](t)(l.lvol.GetLvol(ctx, &lvolv1.GetLvolRequest{Name: lvolName("thick")})); v.ReadOnly || v.InUse {
+		t.Errorf("%v", v)
+	}
+	if v := twice(func() (*lvolv1.Lvol, error) {
 		return l.lvol.SetLvolReadOnly(ctx, &lvolv1.SetLvolReadOnlyRequest{Name: lvolName("thick")})
-	})
+	}); !v.ReadOnly || v.Snapshot {
+		t.Errorf("%v", v)
+	}
 	for _, parent := range []string{store, "lvolStores/-"} {
 		r := must[*lvolv1.ListLvolsResponse](t)(l.lvol.ListLvols(ctx, &lvolv1.ListLvolsRequest{Parent: parent}))
 		if len(r.Lvols) != 5 {

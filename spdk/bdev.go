@@ -34,7 +34,13 @@ type Bdev struct {
 	UUID           string   `json:"uuid"`
 	Claimed        bool     `json:"claimed"`
 	ClaimType      string   `json:"claim_type"`
+	SupportedIO    IOTypes  `json:"supported_io_types"`
 	Specific       Specific `json:"driver_specific"`
+}
+
+// IOTypes says what a bdev can be asked for.
+type IOTypes struct {
+	Write bool `json:"write"` // false of what is read-only
 }
 
 // SizeBytes is the device's size, or 0 when the product does not fit.

@@ -381,6 +381,8 @@ type Lvol struct {
 	Clones         []string               `protobuf:"bytes,8,rep,name=clones,proto3" json:"clones,omitempty"`                                         // names
 	Degraded       bool                   `protobuf:"varint,9,opt,name=degraded,proto3" json:"degraded,omitempty"`                                    // its external parent is missing: it cannot be used
 	AllocatedBytes int64                  `protobuf:"varint,10,opt,name=allocated_bytes,json=allocatedBytes,proto3" json:"allocated_bytes,omitempty"` // its own, without its parents'
+	ReadOnly       bool                   `protobuf:"varint,11,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`                   // it cannot be written: set for snapshots too
+	InUse          bool                   `protobuf:"varint,12,opt,name=in_use,json=inUse,proto3" json:"in_use,omitempty"`                            // something has it for itself: an nvmeNamespace, a volume over it
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -483,6 +485,20 @@ func (x *Lvol) GetAllocatedBytes() int64 {
 		return x.AllocatedBytes
 	}
 	return 0
+}
+
+func (x *Lvol) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *Lvol) GetInUse() bool {
+	if x != nil {
+		return x.InUse
+	}
+	return false
 }
 
 type CreateLvolRequest struct {
@@ -1595,7 +1611,7 @@ const file_lvol_v1_lvol_proto_rawDesc = "" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"Q\n" +
 	"\x16DeleteLvolStoreRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12#\n" +
-	"\rallow_missing\x18\x02 \x01(\bR\fallowMissing\"\x9d\x02\n" +
+	"\rallow_missing\x18\x02 \x01(\bR\fallowMissing\"\xd1\x02\n" +
 	"\x04Lvol\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -1608,7 +1624,9 @@ const file_lvol_v1_lvol_proto_rawDesc = "" +
 	"\x06clones\x18\b \x03(\tR\x06clones\x12\x1a\n" +
 	"\bdegraded\x18\t \x01(\bR\bdegraded\x12'\n" +
 	"\x0fallocated_bytes\x18\n" +
-	" \x01(\x03R\x0eallocatedBytes\"l\n" +
+	" \x01(\x03R\x0eallocatedBytes\x12\x1b\n" +
+	"\tread_only\x18\v \x01(\bR\breadOnly\x12\x15\n" +
+	"\x06in_use\x18\f \x01(\bR\x05inUse\"l\n" +
 	"\x11CreateLvolRequest\x12\x16\n" +
 	"\x06parent\x18\x01 \x01(\tR\x06parent\x12&\n" +
 	"\x04lvol\x18\x02 \x01(\v2\x12.thaw.lvol.v1.LvolR\x04lvol\x12\x17\n" +
