@@ -168,6 +168,7 @@ type Attacher struct {
 	holds   map[string]*hold               // guarded by mu: by owner
 	uses    map[string]map[string]struct{} // guarded by mu: who has a block attached, by block
 	nsids   map[string]map[uint32]struct{} // guarded by mu: identifiers in use, by node
+	named   map[string]int                 // guarded by mu: how many images name a block
 	closing bool                           // guarded by mu
 	calls   sync.WaitGroup                 // Add under mu while not closing
 
@@ -193,7 +194,7 @@ func New(o Options) (*Attacher, error) {
 		return nil, err
 	}
 	a := &Attacher{
-		o: o, db: db, holds: make(map[string]*hold), uses: make(map[string]map[string]struct{}), nsids: make(map[string]map[uint32]struct{}),
+		o: o, db: db, holds: make(map[string]*hold), uses: make(map[string]map[string]struct{}), nsids: make(map[string]map[uint32]struct{}), named: make(map[string]int),
 		wake: make(chan struct{}, 1), soon: make(chan struct{}, 1),
 		step: func(name string) { failpoint.Reach("attacher." + name) },
 	}
@@ -286,6 +287,7 @@ func (a *Attacher) sweep(ctx context.Context) {
 		act  func(context.Context) error
 		what string
 	}{
+		{a.deleteWritables, "cannot delete writable layers yet"},
 		{a.endUndone, "cannot take back attachments that failed yet"},
 		{a.releasePending, "cannot remove blocks of removed images yet"},
 	} {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 
 	"go.etcd.io/bbolt"
@@ -295,15 +294,11 @@ func (a *Attacher) exportable(node, block string) error {
 	if !info.Snapshot && !info.ReadOnly {
 		return refused
 	}
+	if a.inImage(block) {
+		return nil
+	}
 	return a.db.View(func(tx *bbolt.Tx) error {
-		if tx.Bucket(attachmentsBucket).Get(attachmentKey(node, block)) != nil || tx.Bucket(blocksBucket).Get([]byte(block)) != nil {
-			return nil
-		}
-		images, err := allImages(tx)
-		if err != nil {
-			return err
-		}
-		if !slices.ContainsFunc(images, func(i imageRecord) bool { return slices.Contains(i.Blocks, block) }) {
+		if tx.Bucket(attachmentsBucket).Get(attachmentKey(node, block)) == nil && tx.Bucket(blocksBucket).Get([]byte(block)) == nil {
 			return refused
 		}
 		return nil
@@ -372,6 +367,9 @@ func (a *Attacher) ListAttachments(ctx context.Context, r *attacherv1.ListAttach
 	}); err != nil {
 		return nil, fmt.Errorf("list attachments: %w", err)
 	}
+	if out.Attachments, err = a.listWritables(node, out.Attachments); err != nil {
+		return nil, fmt.Errorf("list writable layers: %w", err)
+	}
 	return out, nil
 }
 
@@ -426,19 +424,4 @@ func (a *Attacher) GetBlockMap(ctx context.Context, r *attacherv1.GetBlockMapReq
 		out.Runs = append(out.Runs, &attacherv1.BlockRun{LengthBytes: run.LengthBytes, Owner: owner})
 	}
 	return out, nil
-}
-
-// AttachWritable implements attacherv1.NodeServer.
-func (a *Attacher) AttachWritable(context.Context, *attacherv1.AttachWritableRequest) (*attacherv1.Attachment, error) {
-	return nil, kind.Errorf(kind.Unsupported, "writable layers are kept on the node")
-}
-
-// DetachWritable implements attacherv1.NodeServer.
-func (a *Attacher) DetachWritable(context.Context, *attacherv1.DetachWritableRequest) (*attacherv1.DetachWritableResponse, error) {
-	return nil, kind.Errorf(kind.Unsupported, "writable layers are kept on the node")
-}
-
-// DeleteWritable implements attacherv1.NodeServer.
-func (a *Attacher) DeleteWritable(context.Context, *attacherv1.DeleteWritableRequest) (*attacherv1.DeleteWritableResponse, error) {
-	return nil, kind.Errorf(kind.Unsupported, "writable layers are kept on the node")
 }

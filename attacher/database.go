@@ -29,6 +29,8 @@ import (
 //	"renames"   -> renameRecord   under the new name: what a rename is or was from
 //	"attachments" node \0 block -> attachmentRecord   a block that another machine may read;
 //	                              written before it may
+//	"writables" node \0 id -> writableRecord   a node's writable layer; written before its
+//	                              lvol is made, dropped after that is deleted
 //	"images"    reference \0 platform -> imageRecord
 //
 // A record whose lvol does not exist means that the process died in between; it is
@@ -47,6 +49,7 @@ var (
 	imagesBucket   = []byte("images")
 
 	attachmentsBucket = []byte("attachments")
+	writablesBucket   = []byte("writables")
 )
 
 type workRecord struct {
@@ -103,7 +106,7 @@ func openDB(path string) (*statedb.DB, error) {
 		Buckets: []string{
 			string(workBucket), string(exportsBucket), string(blocksBucket),
 			string(removalsBucket), string(renamesBucket), string(imagesBucket),
-			string(attachmentsBucket),
+			string(attachmentsBucket), string(writablesBucket),
 		},
 		// Older programs must not open it: they would delete what nodes read and write.
 		Upgrade: upgrade,

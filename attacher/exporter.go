@@ -180,10 +180,22 @@ func (a *Attacher) freeNSID(node string, id uint32) {
 	}
 }
 
-// recorded calls f with what is on record to be shown to nodes. An lvol that a node has
-// both attached and exported comes twice, with one identifier.
-func recorded(tx *bbolt.Tx, f func(Export) error) error {
-	if err := attachments(tx, "", func(e Export, _ attachmentRecord) error { return f(e) }); err != nil {
+// recorded calls f with what is on record to be shown to nodes, or to be taken away from
+// them yet. An lvol that a node has both attached and exported comes twice, with one
+// identifier.
+func recorded(tx *bbolt.Tx, f func(e Export, ending bool)) error {
+	if err := attachments(tx, "", func(e Export, r attachmentRecord) error {
+		f(e, r.Ending)
+		return nil
+	}); err != nil {
+		return err
+	}
+	if err := writables(tx, "", func(w writable) error {
+		if w.NSID != 0 {
+			f(w.export(), w.Deleting)
+		}
+		return nil
+	}); err != nil {
 		return err
 	}
 	exports, err := all[exportRecord](tx, exportsBucket)
@@ -197,9 +209,7 @@ func recorded(tx *bbolt.Tx, f func(Export) error) error {
 		if err := r.validate(); err != nil {
 			return kind.Errorf(kind.Corrupt, "record %.80q of exports is damaged: %w", name, err)
 		}
-		if err := f(r.export(name)); err != nil {
-			return err
-		}
+		f(r.export(name), false)
 	}
 	return nil
 }
@@ -209,20 +219,25 @@ func (a *Attacher) restoreExports() error {
 	var all []Export
 	seen := make(map[[2]string]bool)
 	if err := a.db.View(func(tx *bbolt.Tx) error {
-		return recorded(tx, func(e Export) error {
+		return recorded(tx, func(e Export, ending bool) {
 			a.noteNSID(e.Node, e.NSID)
-			if key := [2]string{e.Node, e.Block}; !seen[key] {
+			if key := [2]string{e.Node, e.Block}; !ending && !seen[key] {
 				seen[key] = true
 				all = append(all, e)
 			}
-			return nil
 		})
 	}); err != nil {
 		return err
 	}
 	if err := a.db.View(func(tx *bbolt.Tx) error {
-		return attachments(tx, "", func(e Export, _ attachmentRecord) error {
+		if err := attachments(tx, "", func(e Export, _ attachmentRecord) error {
 			a.noteUse(e.Block, e.Node)
+			return nil
+		}); err != nil {
+			return err
+		}
+		return writables(tx, "", func(w writable) error {
+			a.noteWritable(w)
 			return nil
 		})
 	}); err != nil {

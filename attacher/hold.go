@@ -47,6 +47,9 @@ func (a *Attacher) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingSe
 	if err := checkName("owner", r.GetOwner()); err != nil {
 		return err
 	}
+	if r.GetOwner() == scratchOwner {
+		return kind.Errorf(kind.Invalid, "owner %s is the attacher's own", scratchOwner)
+	}
 	if err := a.enter(); err != nil {
 		return err
 	}
@@ -236,8 +239,12 @@ func (a *Attacher) dropUnfinished() error {
 		if _, err := all[removalRecord](tx, removalsBucket); err != nil {
 			return err
 		}
-		if _, err := allImages(tx); err != nil {
+		images, err := allImages(tx)
+		if err != nil {
 			return err
+		}
+		for _, i := range images {
+			a.noteImage(nil, i.Blocks)
 		}
 		work, err := all[workRecord](tx, workBucket)
 		if err != nil {
@@ -474,6 +481,9 @@ func (a *Attacher) export(ctx context.Context, name, transport string, want expo
 	}
 	if !want.ReadOnly && (info.Snapshot || info.ReadOnly) {
 		return nil, kind.Errorf(kind.ReadOnly, "it is read-only: ask for read access, or clone it")
+	}
+	if node := a.attachedBy(name); node != "" && isWritableLvol(name) {
+		return nil, kind.Errorf(kind.InUse, "it is a writable layer of node %s", node)
 	}
 	have, ok, err := lookup[exportRecord](a.db, exportsBucket, name)
 	if err != nil {

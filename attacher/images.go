@@ -1,6 +1,7 @@
 package attacher
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -71,10 +72,9 @@ func (a *Attacher) putImage(ctx context.Context, image *imageRecord) error {
 		}
 	}
 	key := imageKey(image.Reference, image.Platform)
-	var result imageRecord
+	var result, old imageRecord
 	err = a.db.Update(func(tx *bbolt.Tx) error {
-		result = *image
-		var old imageRecord
+		result, old = *image, imageRecord{}
 		if raw := tx.Bucket(imagesBucket).Get([]byte(key)); raw != nil {
 			if old, err = decodeImage([]byte(key), raw); err != nil {
 				return err
@@ -110,8 +110,34 @@ func (a *Attacher) putImage(ctx context.Context, image *imageRecord) error {
 		}
 		return put(tx, imagesBucket, key, result)
 	})
+	if err != nil {
+		return err
+	}
+	a.noteImage(old.Blocks, result.Blocks)
 	*image = result
-	return err
+	return nil
+}
+
+// noteImage notes that an image names blocks other than before.
+func (a *Attacher) noteImage(before, after []string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, name := range after {
+		a.named[name]++
+	}
+	for _, name := range before {
+		if a.named[name]--; a.named[name] == 0 {
+			delete(a.named, name)
+		}
+	}
+}
+
+// inImage tells whether an image names block. Whoever must know that none will soon has
+// images locked.
+func (a *Attacher) inImage(block string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.named[block] > 0
 }
 
 // equalImages compares what identifies an image, which is not when it was recorded.
@@ -120,11 +146,23 @@ func equalImages(a, b imageRecord) bool {
 		a.VirtualSizeBytes == b.VirtualSizeBytes && slices.Equal(a.Blocks, b.Blocks) && slices.Equal(a.ChainIDs, b.ChainIDs)
 }
 
-// pickImages returns the images of reference, of one platform or, if it is empty, all.
-func pickImages(images []imageRecord, reference, platform string) []imageRecord {
-	return slices.DeleteFunc(slices.Clone(images), func(i imageRecord) bool {
-		return i.Reference != reference || platform != "" && i.Platform != platform
+// findImages returns the images of reference, of one platform or, if it is empty, all.
+func (a *Attacher) findImages(reference, platform string) (found []imageRecord, err error) {
+	prefix := []byte(imageKey(reference, platform))
+	err = a.db.View(func(tx *bbolt.Tx) error {
+		c := tx.Bucket(imagesBucket).Cursor()
+		for k, v := c.Seek(prefix); k != nil && bytes.HasPrefix(k, prefix); k, v = c.Next() {
+			i, err := decodeImage(k, v)
+			if err != nil {
+				return err
+			}
+			if platform == "" || i.Platform == platform {
+				found = append(found, i)
+			}
+		}
+		return nil
 	})
+	return found, err
 }
 
 func (a *Attacher) readImages() (images []imageRecord, err error) {
@@ -141,11 +179,10 @@ func (a *Attacher) GetImage(_ context.Context, r *attacherv1.GetImageRequest) (*
 		return nil, err
 	}
 	defer a.calls.Done()
-	images, err := a.readImages()
+	found, err := a.findImages(r.GetReference(), r.GetPlatform())
 	if err != nil {
 		return nil, err
 	}
-	found := pickImages(images, r.GetReference(), r.GetPlatform())
 	switch {
 	case len(found) == 1:
 		return found[0].proto(), nil
@@ -186,14 +223,22 @@ func (a *Attacher) DeleteImage(ctx context.Context, r *attacherv1.DeleteImageReq
 		return nil, err
 	}
 	defer done()
-	images, err := a.readImages()
+	going, err := a.findImages(r.GetReference(), r.GetPlatform())
 	if err != nil {
 		return nil, err
 	}
-	going := pickImages(images, r.GetReference(), r.GetPlatform())
-	kept := namedBlocks(slices.DeleteFunc(slices.Clone(images), func(i imageRecord) bool {
-		return i.Reference == r.GetReference() && (r.GetPlatform() == "" || i.Platform == r.GetPlatform())
-	}))
+	named := make(map[string]int) // by how many of those that go
+	for _, i := range going {
+		for _, name := range i.Blocks {
+			named[name]++
+		}
+	}
+	kept := make(map[string]bool)
+	a.mu.Lock()
+	for name, n := range named {
+		kept[name] = a.named[name] > n
+	}
+	a.mu.Unlock()
 	depths := make(map[string]int)
 	for _, i := range going {
 		for depth, name := range i.Blocks {
@@ -221,6 +266,9 @@ func (a *Attacher) DeleteImage(ctx context.Context, r *attacherv1.DeleteImageReq
 	}); err != nil {
 		return nil, fmt.Errorf("remove image %s: %w", r.GetReference(), err)
 	}
+	for _, i := range going {
+		a.noteImage(i.Blocks, nil)
+	}
 	a.step("delete image: recorded")
 	// The image is gone whatever comes next; what cannot be deleted now, the sweep
 	// deletes. Blocks of earlier removals may be among the deleted.
@@ -229,16 +277,6 @@ func (a *Attacher) DeleteImage(ctx context.Context, r *attacherv1.DeleteImageReq
 		return nil, fmt.Errorf("image %s is removed, but not all of its blocks yet: %w", r.GetReference(), err)
 	}
 	return &attacherv1.DeleteImageResponse{DeletedBlocks: deleted}, nil
-}
-
-func namedBlocks(images []imageRecord) map[string]bool {
-	named := make(map[string]bool)
-	for _, i := range images {
-		for _, name := range i.Blocks {
-			named[name] = true
-		}
-	}
-	return named
 }
 
 // releasePending is release for the sweep.
@@ -266,24 +304,23 @@ const (
 // The caller has images locked.
 func (a *Attacher) release(ctx context.Context) (deleted []string, err error) {
 	var removals map[string]removalRecord
-	var images []imageRecord
-	var ours map[string]blockRecord
+	ours := make(map[string]bool) // of the removals, those that came from conversions
 	if err := a.db.View(func(tx *bbolt.Tx) (err error) {
-		if removals, err = all[removalRecord](tx, removalsBucket); err != nil || len(removals) == 0 {
+		if removals, err = all[removalRecord](tx, removalsBucket); err != nil {
 			return err
 		}
-		if ours, err = all[blockRecord](tx, blocksBucket); err != nil {
-			return err
+		for name := range removals {
+			if _, ours[name], err = get[blockRecord](tx, blocksBucket, name); err != nil {
+				return err
+			}
 		}
-		images, err = allImages(tx)
-		return err
+		return nil
 	}); err != nil {
 		return nil, err
 	}
 	if len(removals) == 0 {
 		return nil, nil
 	}
-	named := namedBlocks(images)
 	order := slices.SortedFunc(maps.Keys(removals), func(x, y string) int {
 		if d := removals[y].Depth - removals[x].Depth; d != 0 {
 			return d
@@ -303,7 +340,7 @@ func (a *Attacher) release(ctx context.Context) (deleted []string, err error) {
 			if err := ctx.Err(); err != nil {
 				return deleted, errors.Join(append(errs, a.settle(fates))...)
 			}
-			if named[name] || !has(ours, name) {
+			if !ours[name] || a.inImage(name) {
 				fates[name] = fateKept
 				continue
 			}
@@ -324,8 +361,6 @@ func (a *Attacher) release(ctx context.Context) (deleted []string, err error) {
 	return deleted, errors.Join(append(errs, a.settle(fates))...)
 }
 
-func has(m map[string]blockRecord, name string) bool { _, ok := m[name]; return ok }
-
 func (a *Attacher) releaseOne(ctx context.Context, name string, fates map[string]fate, removals map[string]removalRecord) (fate, error) {
 	unlock, err := a.names.Lock(ctx, name)
 	if err != nil {
@@ -334,6 +369,10 @@ func (a *Attacher) releaseOne(ctx context.Context, name string, fates map[string
 	defer unlock()
 	info, err := a.o.Lvols.Get(name)
 	if err == nil {
+		// First: a writable layer over it is a clone of it that somebody deletes.
+		if a.attached(name) {
+			return fateBusy, nil
+		}
 		for _, c := range info.Clones {
 			// A clone that waits for its own removal must find its parent waiting too.
 			if _, waits := removals[c]; waits && fates[c] != fateKept {
@@ -342,9 +381,6 @@ func (a *Attacher) releaseOne(ctx context.Context, name string, fates map[string
 		}
 		if len(info.Clones) > 0 {
 			return fateKept, nil
-		}
-		if a.attached(name) {
-			return fateBusy, nil
 		}
 		err = a.o.Lvols.Delete(name)
 	}
@@ -383,25 +419,20 @@ func (a *Attacher) reusable(minAge time.Duration) ([]lvol.Info, error) {
 	}
 	var ours map[string]blockRecord
 	var removals map[string]removalRecord
-	var images []imageRecord
 	if err := a.db.View(func(tx *bbolt.Tx) (err error) {
 		if ours, err = all[blockRecord](tx, blocksBucket); err != nil {
 			return err
 		}
-		if removals, err = all[removalRecord](tx, removalsBucket); err != nil {
-			return err
-		}
-		images, err = allImages(tx)
+		removals, err = all[removalRecord](tx, removalsBucket)
 		return err
 	}); err != nil {
 		return nil, err
 	}
-	named := namedBlocks(images)
 	oldest := a.o.Now().Add(-minAge)
 	return slices.DeleteFunc(infos, func(i lvol.Info) bool {
 		b, converted := ours[i.Name]
 		_, going := removals[i.Name]
-		return !converted || going || named[i.Name] || time.Unix(0, b.CompletedUnixNanos).After(oldest) || a.attached(i.Name)
+		return !converted || going || a.inImage(i.Name) || time.Unix(0, b.CompletedUnixNanos).After(oldest) || a.attached(i.Name)
 	}), nil
 }
 

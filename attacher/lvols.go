@@ -106,6 +106,9 @@ func (a *Attacher) CreateLvol(ctx context.Context, r *attacherv1.CreateLvolReque
 		return nil, err
 	}
 	defer done()
+	if err := checkNewName(name); err != nil {
+		return nil, err
+	}
 	if err := a.vacate(ctx, name, owner); err != nil {
 		return nil, fmt.Errorf("create lvol %s: %w", name, err)
 	}
@@ -194,6 +197,9 @@ func (a *Attacher) CloneLvol(ctx context.Context, r *attacherv1.CloneLvolRequest
 		return nil, err
 	}
 	defer done()
+	if err := checkNewName(name); err != nil {
+		return nil, err
+	}
 	if snapshot == name {
 		return nil, kind.Errorf(kind.Invalid, "clone lvol %s: a clone needs another name", name)
 	}
@@ -247,6 +253,9 @@ func (a *Attacher) SnapshotLvol(ctx context.Context, r *attacherv1.SnapshotLvolR
 		return nil, err
 	}
 	defer done()
+	if err := checkNewName(snapshot); err != nil {
+		return nil, err
+	}
 	info, err := a.snapshot(ctx, name, snapshot)
 	if err != nil {
 		return nil, fmt.Errorf("snapshot lvol %s as %s: %w", name, snapshot, err)
@@ -396,10 +405,10 @@ func (a *Attacher) unused(name string) error {
 	} else if ok {
 		return kind.Errorf(kind.InUse, "it is exported to %s", x.Owner)
 	}
-	if a.attached(name) {
-		return kind.Errorf(kind.InUse, "it is attached on a node")
+	if node := a.attachedBy(name); node != "" {
+		return kind.Errorf(kind.InUse, "a node uses it (%s)", node)
 	}
-	if !isBlock(name) {
+	if !a.inImage(name) {
 		return nil
 	}
 	return a.db.View(func(tx *bbolt.Tx) error {
@@ -426,6 +435,9 @@ func (a *Attacher) RenameLvol(ctx context.Context, r *attacherv1.RenameLvolReque
 		return nil, err
 	}
 	defer done()
+	if err := checkNewName(to); err != nil {
+		return nil, err
+	}
 	out, err := a.rename(ctx, from, to)
 	if err != nil {
 		return nil, fmt.Errorf("rename lvol %s to %s: %w", from, to, err)

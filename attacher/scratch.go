@@ -19,6 +19,13 @@ const (
 	// MinScratchBytes is room for the file system's own structures and little else.
 	MinScratchBytes = 64 << 20
 
+	// MaxScratchBytes and MaxScratches bound what nodes can make the store keep.
+	MaxScratchBytes = 1 << 40
+	MaxScratches    = 16
+
+	// scratchPrefix begins the names of scratch snapshots.
+	scratchPrefix = "scratch-"
+
 	// scratchOwner is the hold under which scratch lvols are made.
 	scratchOwner = "thaw.scratch"
 
@@ -31,15 +38,15 @@ const (
 )
 
 // ScratchName is the name of the scratch snapshot of a size.
-func ScratchName(sizeBytes int64) string { return "scratch-" + strconv.FormatInt(sizeBytes, 10) }
+func ScratchName(sizeBytes int64) string { return scratchPrefix + strconv.FormatInt(sizeBytes, 10) }
 
 // Scratch makes, once for each size, a snapshot that holds an empty ext4 with
 // directories "upper" and "work" (root's, mode 0755) in its root, and returns its
 // name. Writable layers over read-only images start from it. A removed or interrupted
 // one is made again; concurrent calls make one.
 func (a *Attacher) Scratch(ctx context.Context, sizeBytes int64) (string, error) {
-	if sizeBytes < MinScratchBytes || sizeBytes%(1<<20) != 0 {
-		return "", kind.Errorf(kind.Invalid, "scratch of %d bytes: must be a multiple of 1 MiB of at least %d", sizeBytes, MinScratchBytes)
+	if sizeBytes < MinScratchBytes || sizeBytes > MaxScratchBytes || sizeBytes%(1<<20) != 0 {
+		return "", kind.Errorf(kind.Invalid, "scratch of %d bytes: must be a multiple of 1 MiB from %d to %d", sizeBytes, MinScratchBytes, int64(MaxScratchBytes))
 	}
 	name := ScratchName(sizeBytes)
 	if err := a.enter(); err != nil {
@@ -60,6 +67,11 @@ func (a *Attacher) Scratch(ctx context.Context, sizeBytes int64) (string, error)
 	} else if !errors.Is(err, kind.NotFound) {
 		return "", err
 	}
+	if n, err := a.scratches(); err != nil {
+		return "", err
+	} else if n >= MaxScratches {
+		return "", kind.Errorf(kind.NoSpace, "scratch of %d bytes: there are scratches of %d other sizes, which is the most: delete one, or use its size", sizeBytes, n)
+	}
 	h, err := a.beginHold(ctx, scratchOwner)
 	if err != nil {
 		return "", err
@@ -75,6 +87,24 @@ func (a *Attacher) Scratch(ctx context.Context, sizeBytes int64) (string, error)
 		return "", fmt.Errorf("make %s: %w", name, err)
 	}
 	return name, nil
+}
+
+// scratchSize returns the size that a scratch's name says; ok is false for other names.
+func scratchSize(name string) (sizeBytes int64, ok bool) {
+	digits, _ := strings.CutPrefix(name, scratchPrefix)
+	sizeBytes, err := strconv.ParseInt(digits, 10, 64)
+	return sizeBytes, err == nil && ScratchName(sizeBytes) == name
+}
+
+// scratches counts the scratches that there are.
+func (a *Attacher) scratches() (n int, err error) {
+	infos, err := a.o.Lvols.List()
+	for _, i := range infos {
+		if _, ok := scratchSize(i.Name); ok && i.Snapshot {
+			n++
+		}
+	}
+	return n, err
 }
 
 func (a *Attacher) makeScratch(ctx context.Context, name string, sizeBytes int64) error {
