@@ -391,14 +391,11 @@ func TestWritableAway(t *testing.T) {
 	}
 	l.set(nil, nil)
 	begin := time.Now()
-	for h.has(writableLvol("n", "c1")) || len(layers(t, a)) > 0 || !maps.Equal(l.list(), map[string]uint32{}) {
+	for h.has(writableLvol("n", "c1")) || len(layers(t, a)) > 0 || !maps.Equal(l.list(), map[string]uint32{}) || deleteImage(a) != nil {
 		if time.Since(begin) > 10*time.Second {
 			t.Fatalf("%q and %v are left", layers(t, a), l.list())
 		}
 		time.Sleep(time.Millisecond)
-	}
-	if err := deleteImage(a); err != nil {
-		t.Fatal(err)
 	}
 }
 

@@ -22,7 +22,7 @@ func TestAllow(t *testing.T) {
 		t.Fatal(err)
 	}
 	files := func(i certificate.Issue) Files {
-		f, err := certificate.New(ca, filepath.Join(dir, i.Node), i, now)
+		f, err := certificate.New(ca, t.TempDir(), i, now)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -52,7 +52,7 @@ func TestAllow(t *testing.T) {
 		done := make(chan struct{})
 		go func() { defer close(done); _ = s.Serve(l) }()
 		defer func() { s.Stop(); <-done }()
-		conn, err := Dial(l.Addr().String())
+		conn, err := Dial(address)
 		if peer != "" {
 			conn, err = DialTLS(l.Addr().String(), files(certificate.Issue{Node: peer}))
 		}
