@@ -42,9 +42,9 @@ func attachmentList(where *place) *cobra.Command {
 					return err
 				}
 				return out.print(cmd.OutOrStdout(), list.GetAttachments(), func(w *tabwriter.Writer) {
-					row(w, "NODE", "BLOCK", "TRANSPORT", "NSID", "CREATED")
+					row(w, "NODE", "BLOCK", "LAYER", "TRANSPORT", "NSID", "CREATED")
 					for _, a := range list.GetAttachments() {
-						row(w, a.GetNode(), a.GetBlock(), a.GetTransport(), a.GetNsid(), ageText(a.GetCreatedUnixNanos()))
+						row(w, a.GetNode(), a.GetBlock(), a.GetWritableId(), a.GetTransport(), a.GetNsid(), ageText(a.GetCreatedUnixNanos()))
 					}
 				})
 			})
@@ -57,18 +57,18 @@ func attachmentList(where *place) *cobra.Command {
 
 func attachmentDelete(where *place) *cobra.Command {
 	var node string
-	var all bool
+	var all, layers bool
 	cmd := &cobra.Command{
 		Use:   "delete [BLOCK...]",
 		Short: "Take blocks away from a node that is gone for good",
 		Long: `Take blocks away from a node that is gone for good, so that its images can be removed.
 A node that is alive attaches again what its containers use; until then they read
-errors.`,
+errors. Writable layers, and what containers wrote to them, go only with --layers.`,
 		Example: `  thaw attachment delete --node node-7 --all
   thaw attachment delete --node node-7 soldier-9e762855-72b8-505a-b08e-efa7cafc8d29`,
 		RunE: func(cmd *cobra.Command, blocks []string) error {
-			if node == "" || all == (len(blocks) > 0) {
-				return usage{fmt.Errorf("--node, and blocks or --all, are required: see '%s --help'", cmd.CommandPath())}
+			if node == "" || all == (len(blocks) > 0) || layers && !all {
+				return usage{fmt.Errorf("--node, and blocks or --all, which --layers goes with, are required: see '%s --help'", cmd.CommandPath())}
 			}
 			return where.callNode(cmd, func(c attacherv1.NodeClient) error {
 				if all {
@@ -77,7 +77,15 @@ errors.`,
 						return err
 					}
 					for _, a := range list.GetAttachments() {
-						blocks = append(blocks, a.GetBlock())
+						switch {
+						case !a.GetWritable():
+							blocks = append(blocks, a.GetBlock())
+						case layers:
+							if _, err := c.DeleteWritable(cmd.Context(), &attacherv1.DeleteWritableRequest{Node: node, Id: a.GetWritableId()}); err != nil {
+								return err
+							}
+							fmt.Fprintln(cmd.OutOrStdout(), a.GetWritableId())
+						}
 					}
 				}
 				for _, block := range blocks {
@@ -92,5 +100,6 @@ errors.`,
 	}
 	cmd.Flags().StringVar(&node, "node", "", "name of the node")
 	cmd.Flags().BoolVar(&all, "all", false, "everything the node has attached")
+	cmd.Flags().BoolVar(&layers, "layers", false, "with --all: also delete the node's writable layers and what is in them")
 	return cmd
 }
