@@ -8,6 +8,7 @@ import (
 	"github.com/thaw-project/thaw/attacher/identity"
 	"github.com/thaw-project/thaw/attacher/rpc"
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/node/present/pcie"
 )
 
 // The modes of image-mgmt.
@@ -94,7 +95,7 @@ type CardConfig struct {
 	CA          string `toml:"ca"`
 	// Host is the name of the machine that the card is plugged into.
 	Host string `toml:"host"`
-	// Functions are the PCIe functions that may show disks, as "port:physical" or
+	// Functions are the PCIe functions that may show disks, as
 	// "port:physical:virtual".
 	Functions []string     `toml:"functions"`
 	Listen    ListenConfig `toml:"listen"`
@@ -128,10 +129,7 @@ type ConvertConfig struct {
 	Transport string `toml:"transport"`
 }
 
-var (
-	functionName = regexp.MustCompile(`^\d{1,5}:\d{1,5}(:\d{1,5})?$`)
-	pciAddress   = regexp.MustCompile(`^[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$`)
-)
+var functionName = regexp.MustCompile(`^\d{1,5}:\d{1,5}:\d{1,5}$`)
 
 // maxFunctions bounds the functions of a card: what PCIe allows one to have.
 const maxFunctions = 4096
@@ -145,13 +143,13 @@ func (c *Config) validateCard() error {
 	case k.Bridge == "":
 		return kind.Errorf(kind.Invalid, "card.bridge must be set: the socket or host:port of the bridge of the card's target")
 	case len(k.Functions) == 0:
-		return kind.Errorf(kind.Invalid, "card.functions must hold the PCIe functions that may show disks, as 0:1 or 0:0:1")
+		return kind.Errorf(kind.Invalid, "card.functions must hold the PCIe functions that may show disks, as 0:1:0")
 	case len(k.Functions) > maxFunctions:
 		return kind.Errorf(kind.Invalid, "card.functions has %d: must be at most %d", len(k.Functions), maxFunctions)
 	}
 	for _, f := range k.Functions {
 		if !functionName.MatchString(f) {
-			return kind.Errorf(kind.Invalid, "card.functions %.40q: must be port:physical or port:physical:virtual, as 0:1 or 0:0:1", f)
+			return kind.Errorf(kind.Invalid, "card.functions %.40q: must be port:physical:virtual, as 0:1:0", f)
 		}
 	}
 	if err := identity.CheckNode(k.Host); err != nil {
@@ -188,10 +186,8 @@ func (c *Config) validateImages() error {
 			return err
 		}
 	}
-	for function, address := range c.PCIe.Functions {
-		if !functionName.MatchString(function) || !pciAddress.MatchString(address) {
-			return kind.Errorf(kind.Invalid, "pcie.functions %.40q = %.40q: must be as \"0:1:0\" = \"0000:01:00.0\"", function, address)
-		}
+	if err := pcie.Check(c.PCIe.Functions); err != nil {
+		return err
 	}
 	for _, p := range []struct {
 		key  string

@@ -6,6 +6,7 @@ import (
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/attacher/rpc"
+	"github.com/thaw-project/thaw/node/remote"
 )
 
 // reachWait bounds the call that finds out whether a store answers.
@@ -13,8 +14,8 @@ const reachWait = 5 * time.Second
 
 // ReachRemote asks a configured store something harmless, and returns how many blocks this
 // node has attached there.
-func ReachRemote(ctx context.Context, r RemoteConfig) (attached int, err error) {
-	conn, err := rpc.DialTLS(r.Attacher, rpc.Files{Certificate: r.Certificate, Key: r.Key, CA: r.CA})
+func ReachRemote(ctx context.Context, node string, r RemoteConfig) (attached int, err error) {
+	conn, err := remote.Dial(remote.TargetOptions{Attacher: r.Attacher, Files: rpc.Files{Certificate: r.Certificate, Key: r.Key, CA: r.CA}, Node: node})
 	if err != nil {
 		return 0, err
 	}

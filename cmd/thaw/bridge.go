@@ -21,6 +21,7 @@ import (
 	attacherrpc "github.com/thaw-project/thaw/attacher/rpc"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/opi"
+	"github.com/thaw-project/thaw/opi/dpusim"
 	"github.com/thaw-project/thaw/spdk"
 	"github.com/thaw-project/thaw/target/rpc"
 )
@@ -36,6 +37,8 @@ type bridgeFlags struct {
 	files                  attacherrpc.Files
 	clients                []string
 	level                  string
+	sim, simDir            string
+	simFunctions           int
 }
 
 func newBridge() *cobra.Command {
@@ -73,6 +76,9 @@ On TCP both ends need certificates ('thaw certificate'), and only the clients na
 	cmd.Flags().StringVar(&f.files.Key, "key", "", "PEM file: its key")
 	cmd.Flags().StringVar(&f.files.CA, "ca", "", "PEM file: who signs clients' certificates")
 	cmd.Flags().StringSliceVar(&f.clients, "client", nil, "name in the certificate of a client that may call; may be repeated")
+	cmd.Flags().StringVar(&f.sim, "dpu-sim", "", "QMP socket of a virtual machine whose root ports rp0, rp1, ... play the card's PCIe functions; the target must be a thaw target (default none)")
+	cmd.Flags().IntVar(&f.simFunctions, "dpu-sim-functions", dpusim.DefaultFunctions, "how many root ports that machine has")
+	cmd.Flags().StringVar(&f.simDir, "dpu-sim-sockets", "/run/thaw/dpu-sim", "folder for the NBD sockets between the target and that machine")
 	cmd.Flags().StringVar(&f.level, "log-level", "info", "debug, info, warn or error")
 	return cmd
 }
@@ -101,7 +107,13 @@ func (f *bridgeFlags) run(ctx context.Context, log *slog.Logger) error {
 		return err
 	}
 	defer client.Close()
-	bridge, err := opi.New(opi.Options{Target: client, Log: log})
+	var functions opi.Functions
+	if f.sim != "" {
+		if functions, err = dpusim.New(dpusim.Options{QMP: f.sim, Target: client, Functions: f.simFunctions, Dir: f.simDir, Log: log}); err != nil {
+			return err
+		}
+	}
+	bridge, err := opi.New(opi.Options{Target: client, Functions: functions, Log: log})
 	if err != nil {
 		return err
 	}

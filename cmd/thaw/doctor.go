@@ -40,7 +40,7 @@ func newDoctor() *cobra.Command {
 				Presentations: presentations, PresentationDetails: details, Force: config.Presentation.Force(),
 			})
 			for _, r := range config.Remote {
-				findings = append(findings, remoteStore(cmd.Context(), r))
+				findings = append(findings, remoteStore(cmd.Context(), config.NodeName, r))
 			}
 			err = out.print(cmd.OutOrStdout(), findings, func(w *tabwriter.Writer) {
 				for _, f := range findings {
@@ -89,9 +89,9 @@ func processes(config daemon.Config) map[string]string {
 }
 
 // remoteStore tells whether the store on another machine answers.
-func remoteStore(ctx context.Context, r daemon.RemoteConfig) doctor.Finding {
+func remoteStore(ctx context.Context, node string, r daemon.RemoteConfig) doctor.Finding {
 	f := doctor.Finding{Check: "store " + r.Name, State: doctor.OK}
-	attached, err := daemon.ReachRemote(ctx, r)
+	attached, err := daemon.ReachRemote(ctx, node, r)
 	if err != nil {
 		f.State, f.Detail = doctor.Warn, err.Error()
 		f.Advice = "check remote.attacher, the network, and both ends' certificates; containers that run here wait for it"

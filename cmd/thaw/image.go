@@ -24,7 +24,7 @@ import (
 func newImage() *cobra.Command {
 	var where place
 	cmd := group("image", "Convert images and work with converted ones",
-		imageConvert(&where), imageList(&where), imageInspect(&where), imageRemove(&where), imagePrune(&where))
+		imageConvert(&where), imageList(&where), imageInspect(&where), imageRemove(&where), imagePrune(&where), imageDisks())
 	where.register(cmd)
 	return cmd
 }
@@ -33,6 +33,7 @@ func imageConvert(where *place) *cobra.Command {
 	var out output
 	var quiet bool
 	var mode, fs, size string
+	var store storeFlags
 	o := convert.Options{}
 	cmd := &cobra.Command{
 		Use:   "convert SOURCE DEST",
@@ -44,10 +45,17 @@ docker-archive:FILE[:REF]. DEST is a registry reference or oci:DIR:TAG. It keeps
 source's config and layers, so that any client can still pull it.
 
 Layers that an earlier conversion wrote are shared, not written again. A conversion
-that was interrupted goes on where it was.`,
+that was interrupted goes on where it was.
+
+It asks the attacher of this machine for lvols, or the one that --attacher names, on
+another machine: that has to know this machine's certificate as a converter's
+(export.converters). What it writes then goes over NVMe/TCP, or with --card through
+the drives of the card that is plugged into this machine. The table [convert] of the
+configuration says the same.`,
 		Example: `  thaw image convert registry.example/app:1 registry.example/app:1-thaw
   thaw image convert --mode overlaybd docker-archive:app.tar registry.example/app:1-bd
-  thaw image convert --platform linux/amd64,linux/arm64 oci:./app:1 registry.example/app:1-thaw`,
+  thaw image convert --platform linux/amd64,linux/arm64 oci:./app:1 registry.example/app:1-thaw
+  thaw image convert --attacher 10.0.0.1:7443 --certificate ci.pem --key ci.key --ca ca.pem registry.example/app:1 registry.example/app:1-thaw`,
 		Args: exactArgs(2),
 		RunE: func(cmd *cobra.Command, a []string) error {
 			o.Source, o.Dest = a[0], a[1]
@@ -65,7 +73,7 @@ that was interrupted goes on where it was.`,
 				return usage{err}
 			}
 			o.Builders = map[block.Filesystem]filesystem.Builder{block.Erofs: erofs.New(), block.Ext4: &ext4.Builder{}}
-			return runConvert(cmd, where, o, &out, quiet)
+			return runConvert(cmd, where, &store, o, &out, quiet)
 		},
 	}
 	f := cmd.Flags()
@@ -79,6 +87,7 @@ that was interrupted goes on where it was.`,
 	f.StringVar(&o.DockerConfigDir, "docker-config", "", "directory of the config.json with credentials (default $DOCKER_CONFIG or ~/.docker)")
 	f.StringVar(&o.SpoolDir, "spool-dir", "", "directory for layers in flight (default the temporary directory)")
 	f.BoolVar(&quiet, "quiet", false, "no progress")
+	store.register(cmd)
 	out.register(cmd)
 	oneOf(cmd, "mode", string(block.ModeOverlayfs), string(block.ModeOverlaybd))
 	oneOf(cmd, "filesystem", string(block.Ext4), string(block.Erofs))
@@ -94,12 +103,12 @@ func defaultFilesystem(m block.Mode) block.Filesystem {
 	return block.Erofs
 }
 
-func runConvert(cmd *cobra.Command, where *place, o convert.Options, out *output, quiet bool) error {
-	client, done, err := where.attacherClient(cmd.Context())
+func runConvert(cmd *cobra.Command, where *place, store *storeFlags, o convert.Options, out *output, quiet bool) (err error) {
+	client, done, err := store.client(cmd, where)
 	if err != nil {
 		return err
 	}
-	defer done()
+	defer func() { err = errors.Join(err, done()) }()
 	o.Attacher = client
 	closeBars := func() {}
 	if !quiet {
