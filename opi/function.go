@@ -14,13 +14,14 @@ import (
 // implements this answers from what is plugged. All methods may be called concurrently.
 type Functions interface {
 	// Plug makes a function an NVMe controller of the subsystem of an NQN. To plug one
-	// that is plugged so already succeeds; one that shows another subsystem is
+	// that is plugged so already succeeds, and completes what is plugged in part; one that shows another subsystem is
 	// kind.InUse, one that the card does not have is kind.NotFound.
 	Plug(ctx context.Context, nqn string, f Function) error
 	// Unplug takes the controller off a function that Plugged returned. One that is not
 	// plugged is kind.NotFound.
 	Unplug(ctx context.Context, nqn string, f Function) error
-	// Plugged returns the functions that show the subsystem, in any order.
+	// Plugged returns the functions that show the subsystem, wholly or in part, in any
+	// order.
 	Plugged(ctx context.Context, nqn string) ([]Function, error)
 }
 

@@ -572,7 +572,7 @@ func (t *Target) removeNvmeNamespace(params json.RawMessage) (any, error) {
 	}
 	keys := []string{objectKey(classNamespace, p.NQN, name)}
 	for path, x := range t.sockets {
-		if l != nil && x.lease.with == l {
+		if l != nil && x.lease != nil && x.lease.with == l {
 			keys = append(keys, objectKey(classSocket, path))
 		}
 	}

@@ -37,18 +37,38 @@ const (
 
 // socketExport is a bdev that is served on a socket.
 type socketExport struct {
-	lease  *lease
+	lease  *lease // nil for a disk on which all fails
 	p      socketParams
 	server *nbd.Server
 }
 
 type socketParams struct {
-	Bdev   string `json:"bdev_name"`
+	Bdev   string `json:"bdev_name,omitempty"`
 	Socket string `json:"socket"`
 	// NQN is a subsystem that shows the bdev: the socket is another way to the same
 	// nvmeNamespace, has part in its claim, and goes with it.
 	NQN string `json:"nqn,omitempty"`
+	// FailingBytes, without a bdev, is the size of a disk on which all fails. It takes the
+	// place of a bdev that is gone: a client that waits for the server's return waits
+	// no more. QEMU, for one, stands still when it is to close a disk whose server is away.
+	FailingBytes int64 `json:"failing_bytes,omitempty"`
 }
+
+// failingDevice is a disk on which all fails.
+type failingDevice int64
+
+func (failingDevice) fail() error {
+	return kind.Errorf(kind.IO, "the disk of this NBD export is gone")
+}
+
+func (d failingDevice) ReadAt([]byte, int64) (int, error)  { return 0, d.fail() }
+func (d failingDevice) WriteAt([]byte, int64) (int, error) { return 0, d.fail() }
+func (d failingDevice) Flush() error                       { return d.fail() }
+func (d failingDevice) Discard(_, _ int64) error           { return d.fail() }
+func (d failingDevice) WriteZeroes(_, _ int64) error       { return d.fail() }
+func (d failingDevice) SizeBytes() int64                   { return int64(d) }
+func (failingDevice) ReadOnly() bool                       { return false }
+func (failingDevice) Close() error                         { return nil }
 
 func (t *Target) exportSocket(params json.RawMessage) (any, error) {
 	var p socketParams
@@ -58,32 +78,35 @@ func (t *Target) exportSocket(params json.RawMessage) (any, error) {
 	if !filepath.IsAbs(p.Socket) || filepath.Clean(p.Socket) != p.Socket || len(p.Socket) > maxSocketPath {
 		return nil, rpc.Errno(syscall.EINVAL, kind.Errorf(kind.Invalid, "socket %.128q: it must be an absolute path of at most %d bytes, in its shortest form", p.Socket, maxSocketPath))
 	}
-	d, err := t.find(p.Bdev)
-	if err != nil {
-		return nil, err
+	if (p.Bdev == "") == (p.FailingBytes == 0) || p.FailingBytes < 0 || p.FailingBytes%512 != 0 || p.FailingBytes > 0 && p.NQN != "" {
+		return nil, rpc.Errno(syscall.EINVAL, kind.Errorf(kind.Invalid, "either bdev_name or failing_bytes, a multiple of 512, must be given"))
 	}
-	p.Bdev = d.name
+	var d *disk
+	if p.Bdev != "" {
+		var err error
+		if d, err = t.find(p.Bdev); err != nil {
+			return nil, err
+		}
+		p.Bdev = d.name
+	}
 	if have := t.sockets[p.Socket]; have != nil {
 		if have.p == p {
 			return true, nil
 		}
-		return nil, rpc.Errno(syscall.EEXIST, kind.Errorf(kind.Exists, "socket %s serves bdev %s", p.Socket, have.p.Bdev))
+		return nil, rpc.Errno(syscall.EEXIST, kind.Errorf(kind.Exists, "socket %s serves bdev %q", p.Socket, have.p.Bdev))
 	}
 	if len(t.sockets) >= maxSockets {
 		return nil, rpc.Errno(syscall.ENOSPC, kind.Errorf(kind.NoSpace, "there are %d NBD exports", maxSockets))
 	}
-	l := &lease{what: "NBD socket " + p.Socket, claim: exclusiveWrite, write: !d.driver.readOnly(), fixed: true}
-	if p.NQN != "" {
-		if l.with = t.exportOf(p.NQN, d); l.with == nil {
-			return nil, rpc.Errno(syscall.ENODEV, kind.Errorf(kind.NotFound, "subsystem %.223q does not show bdev %s", p.NQN, d.name))
+	x := &socketExport{p: p, server: nbd.New(nbd.Config{MaxConnections: socketConnections, MaxBufferBytes: socketBufferBytes, Engine: t.o.Engine, Log: t.log})}
+	e := nbd.Export{Device: failingDevice(p.FailingBytes), MinBlock: 512}
+	if d != nil {
+		if err := t.leaseSocket(x, d); err != nil {
+			return nil, err
 		}
+		e = nbd.Export{Description: d.name, Device: x.lease.dev, MinBlock: int(d.blockBytes), PreferredBlock: max(int(d.blockBytes), 4096)}
 	}
-	if err := t.acquire(d, l); err != nil {
-		return nil, err
-	}
-	x := &socketExport{lease: l, p: p, server: nbd.New(nbd.Config{MaxConnections: socketConnections, MaxBufferBytes: socketBufferBytes, Engine: t.o.Engine, Log: t.log})}
-	block := int(d.blockBytes)
-	err = x.server.AddExport(nbd.Export{Description: d.name, Device: l.dev, MinBlock: block, PreferredBlock: max(block, 4096)})
+	err := x.server.AddExport(e)
 	if err == nil {
 		err = x.server.ListenUnix(p.Socket)
 	}
@@ -96,13 +119,28 @@ func (t *Target) exportSocket(params json.RawMessage) (any, error) {
 	}
 	failpoint.Reach("target.nbd_export: listening")
 	t.sockets[p.Socket] = x
-	l.evict = func(wanted bool) { t.socketGone(x, wanted) }
 	if err := t.keep(classSocket, p.Socket, "thaw_nbd_export", p); err != nil {
 		delete(t.sockets, p.Socket)
 		t.endSocket(x)
 		return nil, err
 	}
 	return true, nil
+}
+
+// leaseSocket takes a bdev for an export.
+func (t *Target) leaseSocket(x *socketExport, d *disk) error {
+	l := &lease{what: "NBD socket " + x.p.Socket, claim: exclusiveWrite, write: !d.driver.readOnly(), fixed: true}
+	if x.p.NQN != "" {
+		if l.with = t.exportOf(x.p.NQN, d); l.with == nil {
+			return rpc.Errno(syscall.ENODEV, kind.Errorf(kind.NotFound, "subsystem %.223q does not show bdev %s", x.p.NQN, d.name))
+		}
+	}
+	l.evict = func(wanted bool) { t.socketGone(x, wanted) }
+	if err := t.acquire(d, l); err != nil {
+		return err
+	}
+	x.lease = l
+	return nil
 }
 
 // exportOf finds a subsystem's hold of a bdev.
@@ -124,7 +162,9 @@ func (t *Target) endSocket(x *socketExport) {
 	if err := x.server.Shutdown(ctx); err != nil {
 		t.log.Warn("end NBD export", "socket", x.p.Socket, "err", err)
 	}
-	x.lease.release()
+	if x.lease != nil {
+		x.lease.release()
+	}
 }
 
 // socketGone ends an export whose bdev, or whose nvmeNamespace, goes.
@@ -162,7 +202,7 @@ func (t *Target) partnersOf(nqn string) (keys []string) {
 // endPartners ends the exports that have part in a lease. The caller holds admin.
 func (t *Target) endPartners(l *lease, wanted bool) {
 	for _, path := range slices.Sorted(maps.Keys(t.sockets)) {
-		if x := t.sockets[path]; x.lease.with == l {
+		if x := t.sockets[path]; x.lease != nil && x.lease.with == l {
 			t.socketGone(x, wanted)
 		}
 	}
@@ -186,7 +226,7 @@ func (t *Target) unexportSocket(params json.RawMessage) (any, error) {
 		}
 	} else if d := t.lookup(p.Bdev); d != nil {
 		for path, x := range t.sockets {
-			if x.lease.disk == d {
+			if x.lease != nil && x.lease.disk == d {
 				paths = append(paths, path)
 			}
 		}
@@ -226,13 +266,14 @@ func (t *Target) getSockets(params json.RawMessage) (any, error) {
 		Bdev        string `json:"bdev_name"`
 		Socket      string `json:"socket"`
 		NQN         string `json:"nqn,omitempty"`
+		Failing     int64  `json:"failing_bytes,omitempty"`
 		ReadOnly    bool   `json:"read_only"`
 		Connections int    `json:"connections"`
 	}
 	list := []info{}
 	for _, path := range slices.Sorted(maps.Keys(t.sockets)) {
-		if x := t.sockets[path]; (only == nil || only == x.lease.disk) && (p.Socket == "" || p.Socket == path) {
-			list = append(list, info{x.lease.disk.name, path, x.p.NQN, !x.lease.write, x.server.Connections()})
+		if x := t.sockets[path]; (only == nil || only.name == x.p.Bdev) && (p.Socket == "" || p.Socket == path) {
+			list = append(list, info{x.p.Bdev, path, x.p.NQN, x.p.FailingBytes, x.lease != nil && !x.lease.write, x.server.Connections()})
 		}
 	}
 	return list, nil
