@@ -248,4 +248,4 @@ func admitted(ctx context.Context, port, nqn, as string) error {
 func (d *disk) state(ctx context.Context) (state, error) { return targetState(ctx, "", d.target) }
 
 // TestDisk kills target and bridge while somebody makes a disk through OPI.
-func TestDisk(t *testing.T) { prove(t, newDisk) }
+func TestDisk(t *testing.T) { prove(t, 35, newDisk) }

@@ -48,6 +48,7 @@ type chain struct {
 	dir string
 
 	members []*member
+	guests  []string // processes that come and go, and may be killed too
 
 	wg      sync.WaitGroup // supervisors
 	mu      sync.Mutex
@@ -219,6 +220,22 @@ func (c *chain) died(m *member, p *lab.Process, how error, at time.Time) error {
 	if !killed || len(c.planned) == 0 || c.planned[0].member != m.name {
 		return fmt.Errorf("%s ended by itself: %v; the end of its log:\n%s", m.name, how, p.Log(8192))
 	}
+	return c.note(at)
+}
+
+// guestDied takes note that a guest died of SIGKILL, and tells whether it was to.
+func (c *chain) guestDied(name string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.planned) == 0 || c.planned[0].member != name {
+		return false
+	}
+	c.broken = errors.Join(c.broken, c.note(time.Now()))
+	return true
+}
+
+// note takes note of the death that was planned next. The caller holds c.mu.
+func (c *chain) note(at time.Time) error {
 	if len(c.dead) == 0 {
 		c.first = c.lengths()
 	}
@@ -252,8 +269,8 @@ func (c *chain) plan(kills []kill) error {
 func (c *chain) disarm() []death {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, m := range c.members {
-		os.Remove(c.armed(m.name))
+	for _, name := range c.names() {
+		os.Remove(c.armed(name))
 	}
 	// One that was on its way out when its file went is still expected.
 	return slices.Clone(c.dead)
@@ -288,12 +305,21 @@ func (c *chain) ok() error {
 	return c.broken
 }
 
+// names are those of members and guests.
+func (c *chain) names() []string {
+	names := slices.Clone(c.guests)
+	for _, m := range c.members {
+		names = append(names, m.name)
+	}
+	return names
+}
+
 // lengths are those of the traces.
 func (c *chain) lengths() map[string]int64 {
 	n := make(map[string]int64)
-	for _, m := range c.members {
-		if st, err := os.Stat(c.trace(m.name)); err == nil {
-			n[m.name] = st.Size()
+	for _, name := range c.names() {
+		if st, err := os.Stat(c.trace(name)); err == nil {
+			n[name] = st.Size()
 		}
 	}
 	return n
@@ -309,13 +335,13 @@ func (c *chain) marks() map[string]int64 {
 // reached returns the points that were reached since the marks, by member, in order.
 func (c *chain) reached(marks map[string]int64) (map[string][]string, error) {
 	all := map[string][]string{}
-	for _, m := range c.members {
-		raw, err := os.ReadFile(c.trace(m.name))
+	for _, name := range c.names() {
+		raw, err := os.ReadFile(c.trace(name))
 		if err != nil && !os.IsNotExist(err) {
 			return nil, err
 		}
-		for line := range strings.Lines(string(raw[min(marks[m.name], int64(len(raw))):])) {
-			all[m.name] = append(all[m.name], strings.TrimSuffix(line, "\n"))
+		for line := range strings.Lines(string(raw[min(marks[name], int64(len(raw))):])) {
+			all[name] = append(all[name], strings.TrimSuffix(line, "\n"))
 		}
 	}
 	return all, nil

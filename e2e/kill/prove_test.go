@@ -59,8 +59,8 @@ type proof struct {
 	again    time.Duration // until a member served again
 }
 
-// prove kills at each point, and at pairs of points.
-func prove(t *testing.T, setUp func(t *testing.T) (*chain, subject)) {
+// prove kills at each point, of which there must be at least least, and at pairs of points.
+func prove(t *testing.T, least int, setUp func(t *testing.T) (*chain, subject)) {
 	if os.Getenv("THAW_E2E") == "" {
 		t.Skip("killing the chain's processes needs root and minutes: run make e2e, or make test-kill")
 	}
@@ -86,8 +86,8 @@ func prove(t *testing.T, setUp func(t *testing.T) (*chain, subject)) {
 			names++
 		}
 	}
-	if names < 10 {
-		t.Fatalf("only %d points: %v", names, w.points)
+	if names < least {
+		t.Fatalf("only %d points of %d: %v", names, least, w.points)
 	}
 	t.Logf("%d points forth, %d back", len(p.jobs[forth]), len(p.jobs[back]))
 	p.work(w)

@@ -153,7 +153,7 @@ func databaseState(prefix, path, scratch string) (state, error) {
 					maps := []object{o}
 					for len(maps) > 0 {
 						for field, x := range maps[0] {
-							if strings.Contains(field, "created") || strings.Contains(field, "completed") {
+							if strings.Contains(field, "created") || strings.Contains(field, "completed") || field == "id" && string(bucket) == "attachments" {
 								delete(maps[0], field)
 							} else if inner, ok := x.(object); ok {
 								maps = append(maps, inner)
