@@ -12,6 +12,7 @@ import (
 	"github.com/google/uuid"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/image/filesystem"
 	"github.com/thaw-project/thaw/image/spool"
 	"github.com/thaw-project/thaw/kind"
@@ -62,15 +63,19 @@ func (c *conversion) writeBlock(ctx context.Context, i *image, n int, blob *spoo
 		}
 	}()
 	t.update(n, true, func(e *Event) { e.State = StateApplying })
+	failpoint.Reach("convert.block: begun")
 	if err = c.fillWork(ctx, i, n, work, blob, t); err != nil {
 		return err
 	}
+	failpoint.Reach("convert.block: written")
 	if _, err = call(ctx, c.store.client.SnapshotLvol, &attacherv1.SnapshotLvolRequest{Lvol: work, Snapshot: name}); err != nil {
 		return fmt.Errorf("snapshot %s as %s: %w", work, name, err)
 	}
+	failpoint.Reach("convert.block: complete")
 	if err = c.store.remove(ctx, work); err != nil {
 		return fmt.Errorf("delete %s: %w", work, err)
 	}
+	failpoint.Reach("convert.block: work deleted")
 	l, err := c.store.lvol(ctx, name)
 	if err != nil {
 		return err
@@ -171,7 +176,9 @@ func (c *conversion) fillWork(ctx context.Context, i *image, n int, work string,
 	if err != nil {
 		return fmt.Errorf("open exported %s: %w", work, err)
 	}
+	failpoint.Reach("convert.block: disk open")
 	err = advise(c.applyLayer(ctx, i, n, disk, blob, t))
+	failpoint.Reach("convert.block: layer applied")
 	if err == nil {
 		err = c.explainWrite(disk.Sync())
 	}

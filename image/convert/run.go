@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/image/registry"
 	"github.com/thaw-project/thaw/image/source"
 	"github.com/thaw-project/thaw/image/spool"
@@ -254,7 +255,9 @@ func (c *conversion) publish(ctx context.Context, i *image) error {
 	if _, err := call(ctx, c.store.client.PutImage, &attacherv1.PutImageRequest{Image: record}); err != nil {
 		return fmt.Errorf("record image %s: %w", record.Reference, err)
 	}
+	failpoint.Reach("convert.publish: recorded")
 	err = c.dest.manifest(ctx, i.converted, i.convertedRaw, c.plan.index == nil)
+	failpoint.Reach("convert.publish: pushed")
 	if err == nil {
 		return nil
 	}
@@ -327,6 +330,7 @@ func (c *conversion) writeChainOnce(ctx context.Context, fetcher *spool.Fetcher,
 	}
 	leaf := i.layers[len(i.layers)-1].block
 	_, err := call(ctx, c.store.client.CloneLvol, &attacherv1.CloneLvolRequest{Snapshot: leaf, Name: i.soldier, ReadOnly: true})
+	failpoint.Reach("convert.soldier: cloned")
 	return cloneError(leaf, i.soldier, err)
 }
 
