@@ -1,0 +1,234 @@
+package card
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/kind"
+)
+
+// holdState is where a hold is in its life.
+type holdState int
+
+const (
+	// returning: known from before a restart; its owner may hold again.
+	returning holdState = iota
+	// live: a stream is open.
+	live
+	// ending: what it held is being detached.
+	ending
+)
+
+type hold struct {
+	owner string
+	state holdState      // guarded by Card.mu
+	calls sync.WaitGroup // calls that attach for the owner; Add under Card.mu while live
+	gone  chan struct{}  // closed when an ending hold has left Card.holds
+}
+
+// Hold implements attacherv1.CardServer.
+func (c *Card) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingServer[attacherv1.HoldResponse]) error {
+	if err := checkName("owner", r.GetOwner()); err != nil {
+		return err
+	}
+	ctx := stream.Context()
+	if err := c.enter(ctx); err != nil {
+		return err
+	}
+	defer c.calls.Done()
+	h, err := c.beginHold(ctx, r.GetOwner())
+	if err != nil {
+		return err
+	}
+	err = stream.Send(&attacherv1.HoldResponse{})
+	if err == nil {
+		select {
+		case <-c.life.Done():
+		case <-ctx.Done():
+		}
+	}
+	select {
+	case <-c.life.Done():
+		// Its owner holds again at the next attacher, which knows it by its records.
+		return kind.Errorf(kind.Unavailable, "the card's attacher is stopping: hold again when it is back")
+	default:
+	}
+	c.endHold(h, live)
+	return err
+}
+
+// beginHold makes owner's hold live, once an earlier one has ended.
+func (c *Card) beginHold(ctx context.Context, owner string) (*hold, error) {
+	for {
+		c.mu.Lock()
+		h := c.holds[owner]
+		switch {
+		case h == nil:
+			h = &hold{owner: owner, state: live, gone: make(chan struct{})}
+			c.holds[owner] = h
+			c.mu.Unlock()
+			return h, nil
+		case h.state == returning:
+			h.state = live
+			c.mu.Unlock()
+			return h, nil
+		case h.state == live:
+			c.mu.Unlock()
+			return nil, kind.Errorf(kind.InUse, "owner %s holds already: owners must be unique", owner)
+		}
+		c.mu.Unlock()
+		select {
+		case <-h.gone:
+		case <-c.life.Done():
+			return nil, kind.Errorf(kind.Unavailable, "the card's attacher is stopping: hold again when it is back")
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for the end of owner %s's earlier hold: %w", owner, context.Cause(ctx))
+		}
+	}
+}
+
+// endHold detaches what h holds, in a goroutine of the card; what it cannot detach now is
+// tried again in the background. It does nothing to a hold that is not in state from any
+// more.
+func (c *Card) endHold(h *hold, from holdState) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closing || h.state != from {
+		return
+	}
+	h.state = ending
+	c.own.Go(func() {
+		defer close(h.gone)
+		defer func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			delete(c.holds, h.owner)
+		}()
+		h.calls.Wait()
+		all, err := c.disks()
+		if err != nil {
+			c.o.Logger.Warn("cannot read what an ended hold left", "owner", h.owner, "error", err)
+			return
+		}
+		c.parallel(all, func(d *disk) {
+			if d.Owner != h.owner {
+				return
+			}
+			if err := c.detachHeld(c.life, d); err != nil && c.life.Err() == nil {
+				c.o.Logger.Warn("cannot detach what an ended hold left, will try again", "owner", h.owner, "disk", d.ID, "error", err)
+				c.poke()
+			}
+		})
+	})
+}
+
+// detachHeld detaches a disk of an owner that is gone, unless it is another's by now.
+func (c *Card) detachHeld(ctx context.Context, held *disk) error {
+	unlock, err := c.locks.Lock(ctx, held.nqn)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	d, err := c.load(held.key)
+	if err != nil || d == nil || d.Owner != held.Owner {
+		return err
+	}
+	return c.undo(ctx, d, 0)
+}
+
+// use keeps owner's hold from ending until the returned function is called. The empty
+// owner needs no hold.
+func (c *Card) use(owner string) (done func(), err error) {
+	if owner == "" {
+		return func() {}, nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	h := c.holds[owner]
+	if h == nil || h.state != live {
+		return nil, kind.Errorf(kind.InUse, "owner %s holds nothing: open Hold and wait for its first message", owner)
+	}
+	h.calls.Add(1)
+	return h.calls.Done, nil
+}
+
+// alive tells whether owner may still want what it left. The empty owner does.
+func (c *Card) alive(owner string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	h := c.holds[owner]
+	return owner == "" || h != nil && h.state != ending
+}
+
+// endAbsent ends, after the grace, the holds whose owners did not come back, and forgets
+// the disks that a predecessor was attaching and nobody asked for again.
+func (c *Card) endAbsent() {
+	grace := time.NewTimer(c.o.HoldGrace)
+	defer grace.Stop()
+	select {
+	case <-c.life.Done():
+		return
+	case <-grace.C:
+	}
+	c.mu.Lock()
+	var absent []*hold
+	for _, h := range c.holds {
+		if h.state == returning {
+			absent = append(absent, h)
+		}
+	}
+	left := c.left
+	c.left = make(map[string]bool)
+	c.mu.Unlock()
+	for _, h := range absent {
+		c.o.Logger.Info("an owner did not come back, detaching what it held", "owner", h.owner)
+		c.endHold(h, returning)
+	}
+	all, err := c.disks()
+	if err != nil {
+		c.o.Logger.Error("cannot read what a predecessor was attaching", "error", err)
+		return
+	}
+	for _, d := range all {
+		if left[d.nqn] {
+			c.forget(d)
+		}
+	}
+	c.poke()
+}
+
+// forget makes a disk that nobody was told of one that goes.
+func (c *Card) forget(d *disk) {
+	unlock, err := c.locks.Lock(c.life, d.nqn)
+	if err != nil {
+		return
+	}
+	defer unlock()
+	now, err := c.load(d.key)
+	if err == nil && now != nil && now.State == attaching && now.Attachment == d.Attachment {
+		now.State = detaching
+		err = c.save(now)
+	}
+	if err != nil {
+		c.o.Logger.Error("a disk that nobody asks for stays until the next start", "disk", d.ID, "error", err)
+	}
+}
+
+// parallel calls f for each disk, for maxParallel at the same time, and waits.
+func (c *Card) parallel(all []*disk, f func(*disk)) {
+	slots := make(chan struct{}, maxParallel)
+	var wg sync.WaitGroup
+	for _, d := range all {
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			f(d)
+		})
+	}
+	wg.Wait()
+}
