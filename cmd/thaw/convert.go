@@ -152,7 +152,7 @@ func imageDisks() *cobra.Command {
 			defer conn.Close()
 			stop := context.AfterFunc(cmd.Context(), func() { conn.Close() })
 			defer stop()
-			log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+			log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError}))
 			err = transient.Serve(cmd.Context(), dir, conn, log)
 			if cmd.Context().Err() != nil {
 				return nil
