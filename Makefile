@@ -62,7 +62,7 @@ unit: ## the tests that need no containerd
 
 .PHONY: e2e
 e2e: deps tools build ## the end-to-end tests
-	@THAW_E2E=1 go test -json -count=1 -timeout 40m ./e2e | go run ./e2e/report -live /e2e
+	@THAW_E2E=1 go test -json -count=1 -timeout 40m ./e2e ./e2e/kill | go run ./e2e/report -live /e2e
 
 .PHONY: test-vm
 test-vm: deps tools build ## the tests that need another kernel, in a virtual machine without KVM (root)
@@ -89,6 +89,10 @@ bench: deps tools build ## measure conversion, I/O and starts; table and out/ben
 .PHONY: crash
 crash: deps tools build ## kill processes at random moments, ROUNDS times
 	@THAW_E2E=1 THAW_CRASH_ROUNDS=$(ROUNDS) THAW_SEED=$(SEED) go test -json -count=1 -timeout 6h -run '^TestCrash' ./e2e | go run ./e2e/report -live /e2e
+
+.PHONY: test-kill
+test-kill: deps tools build ## kill -9 of every process of the control chain at every step, and at all pairs of steps
+	@THAW_E2E=1 THAW_KILL=all THAW_SEED=$(SEED) go test -json -count=1 -timeout 3h ./e2e/kill | go run ./e2e/report -live /e2e/kill
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME

@@ -32,15 +32,14 @@ const (
 
 // storage is a target with a bridge, an lvstore, and what belongs to somebody else.
 type storage struct {
-	c            *chain
-	target       *spdk.Client
-	bridge       string // socket
-	aio          string // file of the lvstore
-	foreign      string // file of somebody's bdev
-	foreignState state  // what somebody has there
-	port         string // of the chain
-	foreignPort  string
-	pattern      []byte // what the foreign file holds
+	c           *chain
+	target      *spdk.Client
+	bridge      string // socket
+	aio         string // file of the lvstore
+	foreign     string // file of somebody's bdev
+	port        string // of the chain
+	foreignPort string
+	pattern     []byte // what the foreign file holds
 }
 
 // newStorage adds target and bridge to a chain. Names of members begin with prefix.
