@@ -51,29 +51,37 @@ func (s *Server) await(ctx context.Context, what string, try func(context.Contex
 // its socket, which may be nil, and to other machines where that is configured.
 func (s *Server) serveParts(control net.Listener) error {
 	if control != nil {
-		options := rpc.ServerOptions()
-		options = append(options, grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		local := grpc.NewServer(append(rpc.ServerOptions(), grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
 			method, _ := grpc.MethodFromServerStream(stream)
 			return s.elsewhere(method)
-		}))
-		local := grpc.NewServer(options...)
+		}))...)
 		if s.attacher != nil {
 			attacherv1.RegisterAttacherServer(local, s.attacher)
 			attacherv1.RegisterNodeServer(local, s.attacher)
 		}
+		if s.card != nil {
+			attacherv1.RegisterCardServer(local, s.card)
+		}
 		s.services.addGRPC("commands", control, local)
 	}
 	if e := s.config.Export; s.attacher != nil && s.config.Exports() {
-		files := rpc.Files{Certificate: e.Certificate, Key: e.Key, CA: e.ClientCA}
-		return s.serveTLS("export.attacher", e.Attacher, files, func(method, name string) bool {
-			// What nodes need and no more: whoever deletes or creates is named.
-			return !strings.HasPrefix(method, "/"+attacherv1.Attacher_ServiceDesc.ServiceName+"/") || slices.Contains(e.Converters, name)
-		}, func(server *grpc.Server) {
+		// What nodes need and no more: whoever deletes or creates is named.
+		only := rpc.Allow(attacherv1.Attacher_ServiceDesc.ServiceName, e.Converters...)
+		err := s.serveTLS("export.attacher", e.Attacher, rpc.Files{Certificate: e.Certificate, Key: e.Key, CA: e.ClientCA}, only, func(server *grpc.Server) {
 			attacherv1.RegisterNodeServer(server, s.attacher)
-			if len(e.Converters) > 0 {
-				attacherv1.RegisterAttacherServer(server, s.attacher)
-			}
+			attacherv1.RegisterAttacherServer(server, s.attacher)
 		})
+		if err != nil {
+			return err
+		}
+	}
+	if s.card != nil {
+		err := s.serveListed("card.listen.address", s.config.CardPart.Listen, func(server *grpc.Server) {
+			attacherv1.RegisterCardServer(server, s.card)
+		})
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -89,9 +97,17 @@ func (s *Server) elsewhere(method string) error {
 	return kind.Errorf(kind.Unsupported, "this server does not serve %.80q", method)
 }
 
+// serveListed serves those that a table of the configuration names, if it has an address.
+func (s *Server) serveListed(key string, l ListenConfig, register func(*grpc.Server)) error {
+	if l.Address == "" {
+		return nil
+	}
+	return s.serveTLS(key, l.Address, rpc.Files{Certificate: l.Certificate, Key: l.Key, CA: l.ClientCA}, rpc.Allow("", l.Clients...), register)
+}
+
 // serveTLS serves what register registers at the address that the configuration's key
-// says, to those whose certificate's name admit lets call a method.
-func (s *Server) serveTLS(key, address string, files rpc.Files, admit func(method, name string) bool, register func(*grpc.Server)) error {
+// says, to those whose certificates options let call.
+func (s *Server) serveTLS(key, address string, files rpc.Files, options []grpc.ServerOption, register func(*grpc.Server)) error {
 	credentials, err := rpc.ServerTLS(files)
 	if err != nil {
 		return err
@@ -100,27 +116,16 @@ func (s *Server) serveTLS(key, address string, files rpc.Files, admit func(metho
 	if err != nil {
 		return err
 	}
-	check := func(ctx context.Context, method string) error {
-		name, ok, err := rpc.Node(ctx)
-		if err == nil && (!ok || !admit(method, name)) {
-			err = kind.Errorf(kind.Denied, "%.128q may not call %s here: it is not named in the configuration", name, method)
-		}
-		return err
-	}
-	server := grpc.NewServer(append(rpc.ServerOptions(), credentials,
-		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
-			if err := check(ctx, info.FullMethod); err != nil {
-				return nil, err
-			}
-			return next(ctx, req)
-		}),
-		grpc.ChainStreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-			if err := check(stream.Context(), info.FullMethod); err != nil {
-				return err
-			}
-			return next(srv, stream)
-		}))...)
+	server := grpc.NewServer(slices.Concat(rpc.ServerOptions(), []grpc.ServerOption{credentials}, options)...)
 	register(server)
 	s.services.addGRPC(key, l, server)
 	return nil
+}
+
+// dialPeer connects to a part that may be in another process or on another machine.
+func dialPeer(p PeerConfig) (*grpc.ClientConn, error) {
+	if p.Local() {
+		return rpc.Dial(p.Address)
+	}
+	return rpc.DialTLS(p.Address, p.Files())
 }

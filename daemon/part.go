@@ -3,8 +3,8 @@ package daemon
 import (
 	"net"
 	"path/filepath"
-	"regexp"
 
+	"github.com/thaw-project/thaw/attacher/card"
 	"github.com/thaw-project/thaw/attacher/identity"
 	"github.com/thaw-project/thaw/attacher/rpc"
 	"github.com/thaw-project/thaw/kind"
@@ -129,8 +129,6 @@ type ConvertConfig struct {
 	Transport string `toml:"transport"`
 }
 
-var functionName = regexp.MustCompile(`^\d{1,5}:\d{1,5}:\d{1,5}$`)
-
 // maxFunctions bounds the functions of a card: what PCIe allows one to have.
 const maxFunctions = 4096
 
@@ -148,8 +146,8 @@ func (c *Config) validateCard() error {
 		return kind.Errorf(kind.Invalid, "card.functions has %d: must be at most %d", len(k.Functions), maxFunctions)
 	}
 	for _, f := range k.Functions {
-		if !functionName.MatchString(f) {
-			return kind.Errorf(kind.Invalid, "card.functions %.40q: must be port:physical:virtual, as 0:1:0", f)
+		if _, err := card.ParseFunction(f); err != nil {
+			return kind.Errorf(kind.Invalid, "card.functions: %w", err)
 		}
 	}
 	if err := identity.CheckNode(k.Host); err != nil {

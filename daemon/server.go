@@ -20,6 +20,7 @@ import (
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/attacher"
+	"github.com/thaw-project/thaw/attacher/card"
 	"github.com/thaw-project/thaw/keeper"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/cache"
@@ -53,6 +54,9 @@ type Server struct {
 	export   func() (attacher.Exporter, error) // nil when nothing is to be exported, as exporter
 	exporter attacher.Exporter
 	attacher *attacher.Attacher
+
+	// Of the role card, else nil.
+	card *card.Card
 
 	// Of the role node, else nil.
 	remote    *remote.Remote // nil without remote targets, as cache
@@ -178,6 +182,11 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 			return err
 		}
 	}
+	if s.config.Card() {
+		if err := s.startCard(registry); err != nil {
+			return err
+		}
+	}
 	if s.config.Snapshots() {
 		if err := s.startSnapshots(ctx, registry); err != nil {
 			return err
@@ -203,6 +212,9 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 		// Before the server: a hold that ends with its connection is a dead converter's.
 		if s.attacher != nil {
 			s.attacher.Stop()
+		}
+		if s.card != nil {
+			s.card.Stop()
 		}
 		s.services.stop()
 		return nil

@@ -6,6 +6,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/thaw-project/thaw/attacher"
+	"github.com/thaw-project/thaw/attacher/card"
 )
 
 // openStore opens what the attacher's lvols are kept in.
@@ -44,5 +45,28 @@ func (s *Server) startStore(registry *prometheus.Registry) (err error) {
 		return err
 	}
 	s.onClose("attacher", s.attacher.Close)
+	return nil
+}
+
+// startCard brings up what shows disks to this card's host.
+func (s *Server) startCard(registry *prometheus.Registry) error {
+	c := s.config.CardPart
+	bridge, err := dialPeer(PeerConfig{Address: c.Bridge, Certificate: c.Certificate, Key: c.Key, CA: c.CA})
+	if err != nil {
+		return err
+	}
+	s.onClose("connection to the bridge", bridge.Close)
+	o := card.Options{Bridge: bridge, DBPath: s.config.Paths().CardDB, Host: c.Host, Logger: s.logger.With("part", "card"), Registerer: registry}
+	for _, f := range c.Functions {
+		parsed, err := card.ParseFunction(f)
+		if err != nil {
+			return err
+		}
+		o.Functions = append(o.Functions, parsed)
+	}
+	if s.card, err = card.New(o); err != nil {
+		return err
+	}
+	s.onClose("card", s.card.Close)
 	return nil
 }
