@@ -41,6 +41,9 @@ type SPDKConfig struct {
 	// Portals are where the target serves nodes, as "tcp://10.0.0.1:4420" or
 	// "rdma://10.0.0.1:4420". Empty serves none.
 	Portals []string `toml:"portals"`
+	// Own is the portal, of TCP, by which this process opens lvols itself; by default the
+	// first of Portals.
+	Own string `toml:"own"`
 }
 
 // RBDConfig is the backend that keeps lvols as images of Ceph.
@@ -68,7 +71,7 @@ func openBackend(ctx context.Context, config Config, create bool, logger *slog.L
 	case BackendEmbedded:
 		return openEmbedded(config, create, logger)
 	case BackendSPDK:
-		return openSPDK(ctx, config, logger)
+		return openSPDK(ctx, config, create, logger)
 	case BackendRBD:
 		return openRBD(ctx, config, logger)
 	}
@@ -146,7 +149,10 @@ func (s *SPDKConfig) validate() error {
 	if err := checkPeer("pool.spdk.bridge", s.Bridge, &s.Certificate, &s.Key, &s.CA); err != nil {
 		return err
 	}
-	for _, p := range s.Portals {
+	for _, p := range append(slices.Clone(s.Portals), s.Own) {
+		if p == "" {
+			continue
+		}
 		scheme, address, _ := strings.Cut(p, "://")
 		if _, err := netip.ParseAddrPort(address); err != nil || scheme != "tcp" && scheme != "rdma" {
 			return kind.Errorf(kind.Invalid, "pool.spdk.portals %.80q: must be as tcp://10.0.0.1:4420 or rdma://10.0.0.1:4420", p)
