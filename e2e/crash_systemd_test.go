@@ -22,24 +22,31 @@ import (
 	"github.com/thaw-project/thaw/e2e/lab"
 )
 
-// unitFile is what systemd runs Thaw by, from the module's root.
-const unitFile = "deploy/systemd/thaw.service"
+// unitFile is what systemd runs Thaw by.
+const unitFile = "thaw.service"
 
 // unit holds a unit file's settings, "Section.Key" to values in order.
 type unit map[string][]string
 
-func readUnit(t *testing.T) unit {
+// unitText reads a file of deploy/systemd.
+func unitText(t *testing.T, name string) string {
 	t.Helper()
 	root, err := lab.ModuleRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
-	text, err := os.ReadFile(filepath.Join(root, unitFile))
+	text, err := os.ReadFile(filepath.Join(root, "deploy/systemd", name))
 	if err != nil {
 		t.Fatal(err)
 	}
+	return string(text)
+}
+
+func readUnit(t *testing.T, name string) unit {
+	t.Helper()
+	text := unitText(t, name)
 	u, section := unit{}, ""
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
 		if name, ok := strings.CutPrefix(line, "["); ok {
 			section = strings.TrimSuffix(name, "]")
@@ -82,26 +89,15 @@ func (u unit) before(t *testing.T) []string {
 	return append(args, "/bin/sh", "-c", `umask `+u.one(t, "Service.UMask")+` && exec "$0" "$@"`)
 }
 
-// TestSystemdUnit has systemd itself read the unit. It needs no systemd that runs.
+// TestSystemdUnit has systemd itself read the units. It needs no systemd that runs.
 func TestSystemdUnit(t *testing.T) {
 	analyze, err := exec.LookPath("systemd-analyze")
 	if err != nil {
-		t.Skip("systemd-analyze is not installed: install systemd to check the unit")
+		t.Skip("systemd-analyze is not installed: install systemd to check the units")
 	}
-	u := readUnit(t)
-	root, err := lab.ModuleRoot()
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := os.ReadFile(filepath.Join(root, unitFile))
-	if err != nil {
-		t.Fatal(err)
-	}
-	command := u.one(t, "Service.ExecStart")
-	program, arguments, _ := strings.Cut(command, " ")
 	// The command must exist for systemd to be content: /bin/true does.
-	verify := func(text string) string {
-		path := filepath.Join(t.TempDir(), "thaw.service")
+	verify := func(name, text string) string {
+		path := filepath.Join(t.TempDir(), name)
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -111,25 +107,56 @@ func TestSystemdUnit(t *testing.T) {
 		}
 		return string(out) // what it does not understand it only mentions
 	}
-	there := strings.Replace(string(text), program, "/bin/true", 1)
-	if complaints := verify(there); complaints != "" {
-		t.Errorf("systemd-analyze verify: %s", complaints)
+	root, err := lab.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
 	}
-	if verify(strings.Replace(there, "KillMode=", "KilMode=", 1)) == "" {
-		t.Error("systemd-analyze verify finds nothing in a wrong unit: it checks nothing")
+	found, err := filepath.Glob(filepath.Join(root, "deploy/systemd/*.service"))
+	if err != nil {
+		t.Fatal(err)
 	}
-	if arguments != "server" || u.one(t, "Service.KillMode") != "process" || u.one(t, "Service.Restart") != "always" || u.one(t, "Service.Type") != "notify" {
-		t.Errorf("ExecStart=%s KillMode=%s Restart=%s Type=%s: not what TestSystemd plays",
-			command, u["Service.KillMode"], u["Service.Restart"], u["Service.Type"])
+	// What each runs, and whether what it mounts must be seen by others.
+	runs := map[string]struct {
+		arguments string
+		mounts    bool
+	}{
+		unitFile: {"server", true}, "thaw-attacher.service": {"attacher", true}, "thaw-card.service": {"attacher --role card", false},
+		"thaw-image-mgmt.service": {"image-mgmt", true}, "thaw-snapshotter.service": {"snapshotter", true},
+		"thaw-target.service": {"target --persist", false}, "thaw-bridge.service": {"bridge", false},
 	}
-	// Any of these gives the service a mount namespace, and containerd would not see
-	// what is mounted in it.
-	for _, key := range []string{"ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "PrivateMounts", "ReadOnlyPaths",
-		"ReadWritePaths", "InaccessiblePaths", "BindPaths", "TemporaryFileSystem", "ProtectKernelTunables", "ProtectControlGroups",
-		"ProtectKernelModules", "ProtectKernelLogs", "MountFlags", "RootDirectory", "RootImage", "DynamicUser", "ProtectProc"} {
-		if values, ok := u["Service."+key]; ok {
-			t.Errorf("%s=%s gives Thaw its own mounts", key, values)
-		}
+	if len(found) != len(runs) {
+		t.Errorf("%d units, %d known", len(found), len(runs))
+	}
+	for name, want := range runs {
+		t.Run(name, func(t *testing.T) {
+			text, u := unitText(t, name), readUnit(t, name)
+			program, arguments, _ := strings.Cut(u.one(t, "Service.ExecStart"), " ")
+			there := strings.Replace(text, program, "/bin/true", 1)
+			if complaints := verify(name, there); complaints != "" {
+				t.Errorf("systemd-analyze verify: %s", complaints)
+			}
+			if verify(name, strings.Replace(there, "RestartSec=", "RestrtSec=", 1)) == "" {
+				t.Error("systemd-analyze verify finds nothing in a wrong unit: it checks nothing")
+			}
+			if arguments != want.arguments || u.one(t, "Service.Restart") != "always" {
+				t.Errorf("%s %s, Restart=%s", program, arguments, u["Service.Restart"])
+			}
+			if !want.mounts {
+				return
+			}
+			if u.one(t, "Service.Type") != "notify" || arguments != "snapshotter" && u.one(t, "Service.KillMode") != "process" {
+				t.Errorf("KillMode=%s Type=%s: not what TestSystemd plays", u["Service.KillMode"], u["Service.Type"])
+			}
+			// Any of these gives the service a mount namespace, and others would not see
+			// what is mounted in it.
+			for _, key := range []string{"ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "PrivateMounts", "ReadOnlyPaths",
+				"ReadWritePaths", "InaccessiblePaths", "BindPaths", "TemporaryFileSystem", "ProtectKernelTunables", "ProtectControlGroups",
+				"ProtectKernelModules", "ProtectKernelLogs", "MountFlags", "RootDirectory", "RootImage", "DynamicUser", "ProtectProc"} {
+				if values, ok := u["Service."+key]; ok {
+					t.Errorf("%s=%s gives Thaw its own mounts", key, values)
+				}
+			}
+		})
 	}
 }
 
@@ -201,7 +228,7 @@ func (n *notifications) got(pid int, message string) bool {
 // KillMode=process signals go to the main process alone.
 func TestSystemd(t *testing.T) {
 	b := start(t)
-	u := readUnit(t)
+	u := readUnit(t, unitFile)
 	socket, err := b.lab.Path("systemd", "notify")
 	if err != nil {
 		t.Fatal(err)
