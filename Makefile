@@ -34,6 +34,11 @@ build: ## build bin/thaw, a static binary
 	@mkdir -p bin
 	go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/thaw ./cmd/thaw
 
+.PHONY: build-failpoint
+build-failpoint: ## build bin/thaw-failpoint, which can be told to die at named steps (package failpoint)
+	@mkdir -p bin
+	go build -trimpath -tags failpoint -ldflags '-s -w -X main.version=$(VERSION)' -o bin/thaw-failpoint ./cmd/thaw
+
 .PHONY: tools
 tools: $(TOOLS_STAMP) ## build containerd, its shim, ctr and staticcheck into bin/
 
