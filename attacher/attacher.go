@@ -16,7 +16,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -169,6 +171,7 @@ type Attacher struct {
 	uses    map[string]map[string]struct{} // guarded by mu: who has a block attached, by block
 	nsids   map[string]map[uint32]struct{} // guarded by mu: identifiers in use, by node
 	named   map[string]int                 // guarded by mu: how many images name a block
+	doubts  map[string]struct{}            // guarded by mu: lvols whose records may be of none
 	closing bool                           // guarded by mu
 	calls   sync.WaitGroup                 // Add under mu while not closing
 
@@ -194,7 +197,7 @@ func New(o Options) (*Attacher, error) {
 		return nil, err
 	}
 	a := &Attacher{
-		o: o, db: db, holds: make(map[string]*hold), uses: make(map[string]map[string]struct{}), nsids: make(map[string]map[uint32]struct{}), named: make(map[string]int),
+		o: o, db: db, holds: make(map[string]*hold), uses: make(map[string]map[string]struct{}), nsids: make(map[string]map[uint32]struct{}), named: make(map[string]int), doubts: make(map[string]struct{}),
 		wake: make(chan struct{}, 1), soon: make(chan struct{}, 1),
 		step: func(name string) { failpoint.Reach("attacher." + name) },
 	}
@@ -282,11 +285,57 @@ func (a *Attacher) retryAfter(err error) {
 	}
 }
 
+// doubt has the sweeper find out whether there is an lvol of that name, when err leaves open
+// whether what it interrupted took effect.
+func (a *Attacher) doubt(name string, err error) {
+	if !errors.Is(err, kind.Unavailable) {
+		return
+	}
+	a.mu.Lock()
+	a.doubts[name] = struct{}{}
+	a.mu.Unlock()
+	a.retryAfter(err)
+}
+
+// settleDoubts drops the records of doubtful lvols that do not exist.
+func (a *Attacher) settleDoubts(ctx context.Context) error {
+	a.mu.Lock()
+	names := slices.Sorted(maps.Keys(a.doubts))
+	a.mu.Unlock()
+	for _, name := range names {
+		if err := a.settleDoubt(ctx, name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (a *Attacher) settleDoubt(ctx context.Context, name string) error {
+	// Under the lock nobody is between a record and its lvol.
+	unlock, err := a.names.Lock(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	_, err = a.o.Lvols.Get(name)
+	if errors.Is(err, kind.NotFound) {
+		err = a.drop(name, workBucket, blocksBucket, removalsBucket, renamesBucket)
+	}
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	delete(a.doubts, name)
+	a.mu.Unlock()
+	return nil
+}
+
 func (a *Attacher) sweep(ctx context.Context) {
 	for _, s := range []struct {
 		act  func(context.Context) error
 		what string
 	}{
+		{a.settleDoubts, "cannot tell yet which lvols there are"},
 		{a.deleteWritables, "cannot delete writable layers yet"},
 		{a.endUndone, "cannot take back attachments that failed yet"},
 		{a.releasePending, "cannot remove blocks of removed images yet"},

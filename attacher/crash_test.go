@@ -29,6 +29,7 @@ type host struct {
 	presenter *presenttest.Presenter
 	exporter  Exporter // nil: none
 	db        string
+	wrap      func(LvolStore) LvolStore // nil: none
 }
 
 func newHost(t *testing.T) *host {
@@ -58,8 +59,12 @@ func newHost(t *testing.T) *host {
 
 func (h *host) start(grace time.Duration) *Attacher {
 	h.Helper()
+	var lvols LvolStore = h.store
+	if h.wrap != nil {
+		lvols = h.wrap(lvols)
+	}
 	a, err := New(Options{
-		Lvols: h.store, Presenter: h.presenter, DBPath: h.db, Target: "t", HoldGrace: grace, Exporter: h.exporter,
+		Lvols: lvols, Presenter: h.presenter, DBPath: h.db, Target: "t", HoldGrace: grace, Exporter: h.exporter,
 		Sync: func(context.Context, string) error { return nil },
 	})
 	if err != nil {
@@ -255,16 +260,16 @@ func chain(calls ...func(*Attacher) error) func(*Attacher) error {
 	}
 }
 
-// TestKilledAtEveryStep kills each operation at each of its steps. A caller that
-// repeats the operation at the next attacher must end where an undisturbed one does;
-// if it never comes back, nothing of it may be left.
-func TestKilledAtEveryStep(t *testing.T) {
+type operation struct {
+	name          string
+	before, crash func(*Attacher) error
+}
+
+// operations are all that change something for a converter.
+func operations() []operation {
 	blocks := chain(create, snapshot, clone, snapshot2)
 	converted := chain(blocks, soldierOf(soldier), putImage(soldier))
-	operations := []struct {
-		name          string
-		before, crash func(*Attacher) error
-	}{
+	return []operation{
 		{"create", nil, create},
 		{"clone", chain(create, snapshot), clone},
 		{"export", create, export},
@@ -282,7 +287,13 @@ func TestKilledAtEveryStep(t *testing.T) {
 		{"prune", chain(blocks, soldierOf(soldier)), prune},
 		{"end of a hold", chain(create, export, snapshot, clone), endHold},
 	}
-	for _, o := range operations {
+}
+
+// TestKilledAtEveryStep kills each operation at each of its steps. A caller that
+// repeats the operation at the next attacher must end where an undisturbed one does;
+// if it never comes back, nothing of it may be left.
+func TestKilledAtEveryStep(t *testing.T) {
+	for _, o := range operations() {
 		t.Run(o.name, func(t *testing.T) {
 			prepare := func() *host {
 				h, _ := exporting(t)

@@ -303,6 +303,7 @@ const (
 // their parents, and returns their names. Those a node has attached stay recorded.
 // The caller has images locked.
 func (a *Attacher) release(ctx context.Context) (deleted []string, err error) {
+	defer func() { a.retryAfter(err) }()
 	var removals map[string]removalRecord
 	ours := make(map[string]bool) // of the removals, those that came from conversions
 	if err := a.db.View(func(tx *bbolt.Tx) (err error) {

@@ -182,6 +182,7 @@ func (a *Attacher) withIntent(name, owner string, asBlock bool, create func() er
 		if _, gerr := a.o.Lvols.Get(name); errors.Is(gerr, kind.NotFound) {
 			err = errors.Join(err, a.drop(name, bucket))
 		}
+		a.doubt(name, err)
 		return err
 	}
 	a.step("create: created")
@@ -390,6 +391,7 @@ func (a *Attacher) deleteLvol(name string) error {
 			return err
 		}
 		if err := a.o.Lvols.Delete(name); err != nil && !errors.Is(err, kind.NotFound) {
+			a.doubt(name, err)
 			return err
 		}
 		a.step("delete: deleted")
@@ -496,6 +498,8 @@ func (a *Attacher) rename(ctx context.Context, from, to string) (*attacherv1.Lvo
 		if _, gerr := a.o.Lvols.Get(to); errors.Is(gerr, kind.NotFound) {
 			err = errors.Join(err, a.drop(to, workBucket, blocksBucket, renamesBucket))
 		}
+		a.doubt(from, err)
+		a.doubt(to, err)
 		return nil, err
 	}
 	a.step("rename: renamed")
