@@ -43,7 +43,20 @@ func call[Req, Resp any](ctx context.Context, f func(context.Context, Req, ...gr
 	ctx, cancel := context.WithTimeout(ctx, callMost)
 	defer cancel()
 	resp, err := f(ctx, r)
-	return resp, rpcerr.FromStatus(err)
+	return resp, answered(err)
+}
+
+// answered is an error of the bridge with its kind, but not as the status that it came as:
+// what the card's callers get is the card's own.
+func answered(err error) error {
+	if err == nil {
+		return nil
+	}
+	err = rpcerr.FromStatus(err)
+	if k := kind.Of(err); k != "" {
+		return kind.Errorf(k, "%s", err.Error())
+	}
+	return kind.Errorf(kind.IO, "%s", err.Error())
 }
 
 // pages calls f with the token of each page.
@@ -155,7 +168,7 @@ func (b *bridge) connect(ctx context.Context, controller string, r *remote, p po
 		path.Fabrics.Adrfam = opiv1.NvmeAddressFamily_NVME_ADDRESS_FAMILY_IPV6
 	}
 	_, err := b.remote.CreateNvmePath(ctx, &opiv1.CreateNvmePathRequest{Parent: remoteName(controller), NvmePath: path})
-	return rpcerr.FromStatus(err)
+	return answered(err)
 }
 
 // remoteVolumes lists the volumes of a remote controller, by UUID.
