@@ -133,6 +133,9 @@ type SnapshotterConfig struct {
 	WritableSize Size `toml:"writable_size"`
 	// AsyncRemove defers the deletion of directories to Cleanup.
 	AsyncRemove bool `toml:"async_remove"`
+	// Targets are the names of the stores that image-mgmt attaches blocks of when it is not
+	// in this process; by default those of [[remote]], or else that of this machine.
+	Targets []string `toml:"targets"`
 	// Images is where image-mgmt is when it is not in this process; by default on this
 	// machine.
 	Images PeerConfig `toml:"images"`

@@ -14,11 +14,19 @@ import (
 
 func load(t *testing.T, text string) (Config, error) {
 	t.Helper()
+	return loadAs(t, text, ProcessServer)
+}
+
+func loadAs(t *testing.T, text string, p Process) (Config, error) {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "config.toml")
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	c, err := LoadConfig(path)
+	if err == nil {
+		err = c.As(p)
+	}
 	if err == nil {
 		err = c.Validate()
 	}

@@ -184,6 +184,11 @@ func (c *Config) validateImages() error {
 			return err
 		}
 	}
+	for _, t := range c.Snapshotter.Targets {
+		if !targetName.MatchString(t) {
+			return kind.Errorf(kind.Invalid, "snapshotter.targets %.80q: must be 1 to 64 of a-z 0-9 . -", t)
+		}
+	}
 	if err := pcie.Check(c.PCIe.Functions); err != nil {
 		return err
 	}
