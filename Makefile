@@ -69,6 +69,11 @@ unit: ## the tests that need no containerd
 e2e: deps tools build ## the end-to-end tests
 	@THAW_E2E=1 go test -json -count=1 -timeout 40m ./e2e ./e2e/kill | go run ./e2e/report -live /e2e
 
+.PHONY: test-spdk
+test-spdk: ## what SPDK's methods answer, asked of a running one: make test-spdk SPDK_SOCK=/var/tmp/spdk.sock
+	@test -n "$(SPDK_SOCK)" || { echo "make test-spdk: give the socket of an SPDK or thaw target: SPDK_SOCK=/var/tmp/spdk.sock" >&2; exit 2; }
+	SPDK_SOCK=$(SPDK_SOCK) SPDK_USED=$(SPDK_USED) go test -count=1 -v -run '^TestSPDK$$' ./target
+
 .PHONY: test-vm
 test-vm: deps tools build ## the tests that need another kernel, in a virtual machine without KVM (root)
 	@tools/install-deps guest
