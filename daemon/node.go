@@ -115,13 +115,23 @@ func (s *Server) lookup(ctx context.Context, block imagemgmt.Block) error {
 	return d.Close()
 }
 
-// scratch makes the volume over which writable layers are made.
-func (s *Server) scratch(ctx context.Context) (string, error) {
-	size := int64(s.config.Snapshotter.WritableSize)
+// scratch makes the volume over which writable layers are made. This machine's own serves
+// for the images of any target.
+func (s *Server) scratch(ctx context.Context, _ string, size int64) (b imagemgmt.Block, err error) {
 	if s.attacher != nil {
-		return s.attacher.Scratch(ctx, size)
+		b.Name, err = s.attacher.Scratch(ctx, size)
+	} else {
+		b.Name, err = ensureScratchFile(ctx, s.config.Paths().Scratch, size)
 	}
-	return ensureScratchFile(ctx, s.config.Paths().Scratch, size)
+	return b, err
+}
+
+// cached opens a block for prefetching, if reading it leaves it in the cache.
+func (s *Server) cached(b imagemgmt.Block) (bdev.Device, error) {
+	if b.Target == "" || s.remote == nil || s.cache == nil {
+		return nil, kind.Errorf(kind.Unsupported, "nothing here caches block %s", b.Name)
+	}
+	return s.openRemoteLvol(b.Target, b.Name)
 }
 
 // startImages brings up what decides which disks of blocks there are.
@@ -132,6 +142,7 @@ func (s *Server) startImages() (err error) {
 	}
 	s.images, err = imagemgmt.New(imagemgmt.Options{
 		Presenter: s.presenter, DBPath: s.config.Paths().ImagemgmtDB, Logger: s.logger.With("part", "imagemgmt"), Own: own, Lookup: s.lookup,
+		Open: s.open, Cached: s.cached, Scratch: s.scratch,
 		Released: func(b imagemgmt.Block) {
 			if s.remote != nil && b.Target != "" {
 				s.remote.Release(b.Target, b.Name)
@@ -159,17 +170,12 @@ func (s *Server) targets() (names []string) {
 // startSnapshots brings up what containerd talks to.
 func (s *Server) startSnapshots(ctx context.Context, registry *prometheus.Registry) error {
 	p := s.config.Paths()
-	scratch, err := s.scratch(ctx)
-	if err != nil {
-		// Only containers in mode overlaybd on EROFS miss it, and only its limit
-		// on size: they write to a directory instead.
-		s.logger.Warn("no scratch volume: writable layers over erofs blocks have no size limit", "error", err)
-	}
+	var err error
 	s.snapshots, err = snapshotter.New(ctx, snapshotter.Options{
 		Root: p.Snapshotter, MountDir: p.Mounts, Images: s.images, Targets: s.targets(),
 		AttachTimeout: time.Duration(s.config.Snapshotter.AttachTimeout),
 		AsyncRemove:   s.config.Snapshotter.AsyncRemove,
-		ScratchBlock:  scratch,
+		WritableBytes: int64(s.config.Snapshotter.WritableSize),
 		Logger:        s.logger.With("part", "snapshotter"), Registerer: registry,
 	})
 	if err != nil {

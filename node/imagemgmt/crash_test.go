@@ -3,6 +3,7 @@ package imagemgmt
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -48,6 +49,8 @@ func run(t *testing.T, p present.Presenter, db, step string, call func(*Manager)
 	if err := <-end; err != nil {
 		t.Fatal(err)
 	}
+	m.cancel()
+	m.wg.Wait()
 	m.db.Close()
 	return reached
 }
@@ -56,11 +59,14 @@ func run(t *testing.T, p present.Presenter, db, step string, call func(*Manager)
 // on and on one that reboots, and looks at what the next manager makes of it.
 func TestKilledAtEveryStep(t *testing.T) {
 	ctx := context.Background()
-	const block, id, path = "soldier-1", "rw-1", "/layers/1"
+	const block, id = "soldier-1", "rw-1"
+	layer := Layer{Block: Block{Name: block}, SizeBytes: 1 << 20}
 	attach := func(m *Manager) error { _, err := m.Attach(ctx, Block{Name: block}, "u"); return err }
 	detach := func(m *Manager) error { return m.Detach(ctx, block, "u") }
-	attachW := func(m *Manager) error { _, err := m.AttachWritable(ctx, Block{Name: block}, path, id); return err }
+	attachW := func(m *Manager) error { _, err := m.AttachWritable(ctx, layer, id); return err }
 	detachW := func(m *Manager) error { return m.DetachWritable(ctx, block, id) }
+	deleteW := func(m *Manager) error { return m.DeleteWritable(ctx, layer, id) }
+	detached := func(m *Manager) error { return errors.Join(attachW(m), detachW(m)) }
 	operations := []struct {
 		name          string
 		before, crash func(*Manager) error
@@ -73,10 +79,15 @@ func TestKilledAtEveryStep(t *testing.T) {
 		{"attach writable and again", nil, attachW, attachW, true},
 		{"attach writable and give up", nil, attachW, detachW, false},
 		{"detach writable and again", attachW, detachW, detachW, false},
+		{"attach writable and delete", nil, attachW, deleteW, false},
+		{"attach writable once more and delete", detached, attachW, deleteW, false},
+		{"delete writable and again", attachW, deleteW, deleteW, false},
+		{"delete detached writable and again", detached, deleteW, deleteW, false},
 	}
 	for _, o := range operations {
 		for _, reboot := range []bool{false, true} {
 			prepare := func() (*presenttest.Presenter, string) {
+				layer.Path = filepath.Join(t.TempDir(), "rw.qcow2")
 				p := presenttest.New(func(present.Source, bool) (bdev.Device, error) { return nullDevice{}, nil })
 				db := filepath.Join(t.TempDir(), "imagemgmt.db")
 				if o.before != nil {
@@ -116,6 +127,14 @@ func TestKilledAtEveryStep(t *testing.T) {
 				if m.Attached(block) != o.used || (len(ids(t, p)) == 1) != o.used {
 					t.Errorf("%s, killed at %q, reboot %v: attached %v, shown %q", o.name, step, reboot, m.Attached(block), ids(t, p))
 				}
+				m.mu.Lock()
+				layers := len(m.layers)
+				m.mu.Unlock()
+				_, ferr := os.Lstat(layer.Path)
+				kept := strings.Contains(o.name, "writable") && !strings.Contains(o.name, "delete")
+				if kept && ferr != nil || strings.Contains(o.name, "delete") && (ferr == nil || layers != 0) {
+					t.Errorf("%s, killed at %q, reboot %v: %d records of layers, and its file: %v", o.name, step, reboot, layers, ferr)
+				}
 				m.Close()
 			}
 		}
@@ -151,10 +170,20 @@ func FuzzRecords(f *testing.F) {
 	f.Add([]byte("soldier-1\x00u"), []byte(`{"since":1}`))
 	f.Add([]byte("soldier-1\x00u"), []byte(`{"target":"rack-7","since":1}`))
 	f.Add([]byte("rw-1"), []byte(`{"block":"b","path":"/p","since":1}`))
+	f.Add([]byte("rw-1"), []byte(`{"block":"b","path":"/p","size_bytes":512,"made":true}`))
 	f.Fuzz(func(t *testing.T, key, value []byte) {
 		if block, user, err := decodeReader(key, value); err == nil {
 			if string(readerKey(block.Name, user)) != string(key) || checkBlock(block) != nil || checkUser(user) != nil {
 				t.Fatalf("accepted %q as %q of %q", key, user, block)
+			}
+		}
+		if id, l, err := decodeLayer(key, value); err == nil {
+			raw, err := json.Marshal(l)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if id2, l2, err := decodeLayer([]byte(id), raw); err != nil || id2 != id || l2 != l {
+				t.Fatalf("%q %+v came back as %q %+v, %v", id, l, id2, l2, err)
 			}
 		}
 		if id, w, err := decodeWriter(key, value); err == nil {

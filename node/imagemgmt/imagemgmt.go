@@ -1,8 +1,10 @@
 // Package imagemgmt turns a block of a converted image into a disk the host can
-// see, and counts who uses it.
+// see, and counts who uses it; and it makes, shows and deletes the writable layers of
+// containers.
 //
-// The snapshotter calls it through Service and must not know which transport or
-// presentation is behind; the package must not know containerd.
+// The snapshotter calls it through Service and must not know which transport,
+// presentation or kind of writable layer is behind, nor in which process it runs; the
+// package must not know containerd.
 package imagemgmt
 
 import (
@@ -23,8 +25,35 @@ type Block struct {
 type Attachment struct {
 	Block string       `json:"block"`
 	Disk  present.Disk `json:"disk"`
-	Users []string     `json:"users"`
+	// Users are those of Attach, and the ids of the writable layers over the block.
+	Users []string `json:"users"`
+	// Layers are the latter alone.
+	Layers []string `json:"layers,omitempty"`
 }
+
+// Layer is what a writable disk consists of.
+type Layer struct {
+	// Block is what it is over.
+	Block Block
+	// Path is where it lies when layers are files of this host: absolute, in a directory
+	// that is there and the caller's. It means nothing elsewhere.
+	Path string
+	// SizeBytes is the disk's, a multiple of 512; 0 is the block's.
+	SizeBytes int64
+}
+
+// Writable is a writable layer as it is now.
+type Writable struct {
+	Disk           present.Disk // zero while it is not attached
+	AllocatedBytes int64        // what was written occupies
+	Files          int64        // in how many files; 0 when there is no layer, or it is none
+}
+
+// Range is a part of a block.
+type Range struct{ OffsetBytes, LengthBytes int64 }
+
+// MaxRanges bounds those of one Prefetch.
+const MaxRanges = 1 << 16
 
 // Service attaches blocks. Methods are idempotent, may be called concurrently, and
 // what they record survives a restart.
@@ -39,17 +68,62 @@ type Service interface {
 	// An unknown block or user is no error.
 	Detach(ctx context.Context, block, user string) error
 
-	// Stat returns one attachment, or kind.NotFound.
+	// Stat returns one attachment, or kind.NotFound. Where a card shows the disks, the
+	// disk's Path is empty: Attach tells it.
 	Stat(ctx context.Context, block string) (Attachment, error)
 
-	// List returns all attachments in order of block.
+	// List returns all attachments in order of block, disks as Stat.
 	List(ctx context.Context) ([]Attachment, error)
 
-	// AttachWritable presents the qcow2 file at path, whose backing is block,
-	// read-write as the disk id; the file must exist. It holds block for user id.
-	AttachWritable(ctx context.Context, block Block, path, id string) (present.Disk, error)
+	// AttachWritable makes the writable layer id, once, and presents it read-write as
+	// the disk id. It holds layer.Block for user id. What was written stays until
+	// DeleteWritable, and a layer may have come about also when the call fails. It is
+	// kind.NotFound when the layer was made before and is gone, or its block is, and
+	// kind.Exists when id is over another block.
+	AttachWritable(ctx context.Context, layer Layer, id string) (present.Disk, error)
 
-	// DetachWritable ends AttachWritable: the disk is withdrawn, the qcow2 file
-	// flushed and closed (its owner removes it), and block's user id released.
+	// DetachWritable ends AttachWritable: what was written is flushed, the disk is
+	// withdrawn, and block's user id released. The layer stays. A disk that the kernel has
+	// open is kind.InUse, one that is unknown no error.
 	DetachWritable(ctx context.Context, block, id string) error
+
+	// DeleteWritable is DetachWritable and deletes the layer. One that does not exist is no
+	// error.
+	DeleteWritable(ctx context.Context, layer Layer, id string) error
+
+	// StatWritable tells what a layer occupies, and its disk as Stat does. A layer that does
+	// not exist occupies nothing.
+	StatWritable(ctx context.Context, layer Layer, id string) (Writable, error)
+
+	// EnsureScratch makes, once for each size, a block with an empty ext4, over which
+	// writable layers for containers of target's images are made.
+	EnsureScratch(ctx context.Context, target string, sizeBytes int64) (Block, error)
+
+	// Prefetch reads ranges of an attached block, in order, so that this machine has them
+	// when they are needed. progress, if not nil, is told now and then, by one goroutine at
+	// a time, how many bytes were read so far. It ends with ctx, and with the last user's
+	// Detach, as kind.Canceled; attaches go first. It is kind.NotFound for a block that is
+	// not attached, and kind.Unsupported where nothing would keep what was read.
+	Prefetch(ctx context.Context, block string, ranges []Range, progress func(readBytes int64)) error
+}
+
+// Layers makes and deletes writable layers. Methods are idempotent and may be called
+// concurrently, though never at the same time for one id.
+type Layers interface {
+	// Source is what a presenter shows of a layer that is there, as disk id.
+	Source(id string, l Layer) present.Source
+
+	// Make makes the layer, of l.SizeBytes, unless it is there, and makes it ready to be
+	// presented. made says that it was made before: then one that is not there is
+	// kind.NotFound.
+	Make(ctx context.Context, id string, l Layer, made bool) error
+
+	// Release undoes what Make did to have it presented.
+	Release(ctx context.Context, id string, l Layer) error
+
+	// Delete deletes a layer that is released.
+	Delete(ctx context.Context, id string, l Layer) error
+
+	// Usage tells what a layer occupies, nothing when there is none.
+	Usage(ctx context.Context, id string, l Layer) (allocatedBytes, files int64, err error)
 }

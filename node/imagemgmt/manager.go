@@ -11,10 +11,12 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/keylock"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/present"
 	"github.com/thaw-project/thaw/statedb"
+	"github.com/thaw-project/thaw/target/bdev"
 )
 
 const (
@@ -32,6 +34,10 @@ const (
 
 	// cleanupWait bounds what is undone for a caller that is gone.
 	cleanupWait = 10 * time.Second
+
+	// tendFirst and tendMost are the pauses before disks in doubt are looked at again.
+	tendFirst = 250 * time.Millisecond
+	tendMost  = 30 * time.Second
 )
 
 // Options says what a Manager works with.
@@ -47,6 +53,17 @@ type Options struct {
 	// or kind.Unavailable when it does not answer. For one that it let us open before
 	// it need not ask again.
 	Lookup func(ctx context.Context, block Block) error
+	// Layers makes writable layers; nil keeps them as qcow2 files on this host, over what
+	// Open opens.
+	Layers Layers
+	// Open opens blocks that Lookup has let us open, to learn the size of what a writable
+	// layer is over; nil where this machine does not read blocks itself.
+	Open present.Opener
+	// Cached opens a block for Prefetch: what is read from the device must be kept. Its error
+	// is Prefetch's, kind.Unsupported for a block that nothing keeps; nil is that for all.
+	Cached func(block Block) (bdev.Device, error)
+	// Scratch is EnsureScratch; nil is kind.Unsupported.
+	Scratch func(ctx context.Context, target string, sizeBytes int64) (Block, error)
 	// Released, if set, is told that a block may no longer be used here: Uses says. It
 	// must not block, nor call the Manager.
 	Released func(block Block)
@@ -61,11 +78,21 @@ type Manager struct {
 	keys  keylock.Set   // "block \0 user" and disk ids: one call at a time for each
 	slots chan struct{} // maxPresents
 
+	prefetches chan struct{} // maxPrefetches
+	reads      chan struct{} // prefetchReads
+
 	mu      sync.Mutex
-	blocks  map[string]*entry  // guarded by mu
-	writers map[string]*writer // guarded by mu: by disk id
-	closed  bool               // guarded by mu
-	calls   sync.WaitGroup     // Add under mu while not closed
+	blocks  map[string]*entry      // guarded by mu
+	writers map[string]*writer     // guarded by mu: by disk id
+	layers  map[string]layerRecord // guarded by mu: by disk id
+	busy    int                    // guarded by mu: how many slots are taken
+	idle    chan struct{}          // guarded by mu: closed when none is; nil while none is
+	closed  bool                   // guarded by mu
+	calls   sync.WaitGroup         // Add under mu while not closed
+
+	doubts chan struct{} // capacity 1: some entry is in doubt
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // the tender
 
 	// step is called between the steps of an operation; tests stop there.
 	step func(name string)
@@ -80,7 +107,12 @@ type entry struct {
 	busy  int                 // guarded by Manager.mu: calls that need the entry to stay
 	gate  chan struct{}       // capacity 1: whoever fills it shows or hides the disk
 	shown bool                // guarded by Manager.mu; changed only inside the gate
-	disk  present.Disk        // guarded by Manager.mu; changed only inside the gate
+	// doubt means that a disk may be there although shown says no, or that one with no user
+	// could not be taken away: who presents it was not reached.
+	doubt bool         // guarded by Manager.mu; changed only inside the gate
+	disk  present.Disk // guarded by Manager.mu; changed only inside the gate
+	// prefetches are to end with the last user; guarded by Manager.mu.
+	prefetches map[*context.CancelCauseFunc]struct{}
 }
 
 // writer is a writable disk over a block.
@@ -97,6 +129,9 @@ func New(o Options) (*Manager, error) {
 	if o.Presenter == nil || o.Lookup == nil || o.DBPath == "" {
 		return nil, kind.Errorf(kind.Invalid, "image-mgmt needs a presenter, a lookup and a database path")
 	}
+	if o.Layers == nil {
+		o.Layers = fileLayers{}
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -109,13 +144,17 @@ func New(o Options) (*Manager, error) {
 	}
 	m := &Manager{
 		o: o, db: db, slots: make(chan struct{}, maxPresents),
-		blocks: make(map[string]*entry), writers: make(map[string]*writer),
-		step: func(string) {},
+		prefetches: make(chan struct{}, maxPrefetches), reads: make(chan struct{}, prefetchReads),
+		blocks: make(map[string]*entry), writers: make(map[string]*writer), doubts: make(chan struct{}, 1),
+		step: func(name string) { failpoint.Reach("imagemgmt." + name) },
 	}
 	if err := m.reconcile(context.Background()); err != nil {
 		db.Close()
 		return nil, fmt.Errorf("start image-mgmt from %s: %w", o.DBPath, err)
 	}
+	ctx, cancel := context.WithCancel(context.Background())
+	m.cancel = cancel
+	m.wg.Go(func() { m.tend(ctx) })
 	return m, nil
 }
 
@@ -127,9 +166,65 @@ func (m *Manager) Close() error {
 		return nil
 	}
 	m.closed = true
+	for _, e := range m.blocks {
+		e.endPrefetches(kind.Errorf(kind.Unavailable, "image-mgmt is stopping"))
+	}
 	m.mu.Unlock()
+	m.cancel()
+	m.wg.Wait()
 	m.calls.Wait()
 	return m.db.Close()
+}
+
+// tend takes away disks of which it is not known whether they are there, until it is.
+func (m *Manager) tend(ctx context.Context) {
+	for pause := tendFirst; ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-m.doubts:
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		doubtful := make(map[string]*entry)
+		m.mu.Lock()
+		for name, e := range m.blocks {
+			if e.doubt && e.busy == 0 {
+				e.busy++
+				doubtful[name] = e
+			}
+		}
+		m.mu.Unlock()
+		pause = min(2*pause, tendMost)
+		failed := false
+		for name, e := range doubtful {
+			if err := m.unpin(ctx, name, e); err != nil {
+				m.o.Logger.Warn("a disk that nobody uses stays", "disk", name, "again", pause, "error", err)
+				failed = true
+			}
+		}
+		if !failed {
+			pause = tendFirst
+		}
+	}
+}
+
+// doubtLocked has tend look; the caller holds m.mu.
+func (m *Manager) doubtLocked(e *entry) {
+	e.doubt = true
+	select {
+	case m.doubts <- struct{}{}:
+	default:
+	}
+}
+
+func (e *entry) endPrefetches(cause error) {
+	for cancel := range e.prefetches {
+		(*cancel)(cause)
+	}
 }
 
 func (m *Manager) enter() error {
@@ -144,14 +239,15 @@ func (m *Manager) enter() error {
 
 // ours tells the disks of this package from others that the presenter shows.
 func ours(d present.Disk) bool {
-	return d.Source.Kind == present.SourceQcow2 || d.Source.Kind == present.SourceLvol && d.Source.Lvol == d.ID
+	return d.Source.Kind == present.SourceQcow2 || d.Source.Kind == present.SourceWritable || d.Source.Kind == present.SourceLvol && d.Source.Lvol == d.ID
 }
 
 func (m *Manager) reconcile(ctx context.Context) error {
-	readers, writers, err := load(m.db)
+	readers, writers, layers, err := load(m.db)
 	if err != nil {
 		return err
 	}
+	m.layers = layers
 	entries := make(map[string]*entry, len(readers))
 	for block, users := range readers {
 		e := entries[block.Name]
@@ -185,6 +281,9 @@ func (m *Manager) reconcile(ctx context.Context) error {
 					e.shown, e.disk = true, d
 					m.mu.Lock()
 					m.blocks[d.ID] = e
+					if !errors.Is(err, kind.InUse) {
+						m.doubtLocked(e)
+					}
 					m.mu.Unlock()
 				}
 			} else {
@@ -195,7 +294,13 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	}
 	for _, e := range entries {
 		g.Go(func() error {
-			disk, err := m.present(ctx, e.block.Name, e.block, e.block.source(), true)
+			ctx, cancel := context.WithTimeout(ctx, startWait)
+			defer cancel()
+			err := m.o.Lookup(ctx, e.block)
+			var disk present.Disk
+			if err == nil {
+				disk, err = m.o.Presenter.Present(ctx, e.block.Name, e.block.source(), true)
+			}
 			if err != nil {
 				m.o.Logger.Error("cannot show a block that is in use", "block", e.block.Name, "target", e.block.Target, "error", err)
 				return nil
@@ -208,7 +313,9 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	}
 	for id, w := range m.writers {
 		g.Go(func() error {
-			disk, err := m.present(ctx, id, w.block(), w.source(), false)
+			ctx, cancel := context.WithTimeout(ctx, startWait)
+			defer cancel()
+			disk, err := m.presentLayer(ctx, id, w.layer())
 			if err != nil {
 				m.o.Logger.Error("cannot show a writable layer that is in use", "disk", id, "path", w.Path, "error", err)
 				return nil
@@ -226,22 +333,8 @@ func newEntry(block Block) *entry {
 	return &entry{block: block, users: make(map[string]struct{}), gate: make(chan struct{}, 1)}
 }
 
-// present shows source, which is block or over it, in startWait.
-func (m *Manager) present(ctx context.Context, id string, block Block, source present.Source, readOnly bool) (present.Disk, error) {
-	ctx, cancel := context.WithTimeout(ctx, startWait)
-	defer cancel()
-	if err := m.o.Lookup(ctx, block); err != nil {
-		return present.Disk{}, err
-	}
-	return m.o.Presenter.Present(ctx, id, source, readOnly)
-}
-
 func (b Block) source() present.Source {
 	return present.Source{Kind: present.SourceLvol, Lvol: b.Name, Target: b.Target}
-}
-
-func (w *writer) source() present.Source {
-	return present.Source{Kind: present.SourceQcow2, Lvol: w.Block, Target: w.Target, Path: w.Path}
 }
 
 // own gives this machine's own store its one name.
@@ -330,7 +423,7 @@ func (m *Manager) pin(block Block, user string) (e *entry, known bool) {
 // away, for a caller that is gone too.
 func (m *Manager) unpin(ctx context.Context, block string, e *entry) error {
 	m.mu.Lock()
-	for e.busy == 1 && len(e.users) == 0 && e.shown {
+	for e.busy == 1 && len(e.users) == 0 && (e.shown || e.doubt) {
 		m.mu.Unlock()
 		// The use has ended: the caller's impatience must not leave the disk.
 		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupWait)
@@ -344,7 +437,7 @@ func (m *Manager) unpin(ctx context.Context, block string, e *entry) error {
 		}
 	}
 	e.busy--
-	gone := e.busy == 0 && len(e.users) == 0 && !e.shown
+	gone := e.busy == 0 && len(e.users) == 0 && !e.shown && !e.doubt
 	if gone {
 		delete(m.blocks, block)
 	}
@@ -379,13 +472,11 @@ func (m *Manager) show(ctx context.Context, block string, e *entry) (present.Dis
 	}
 	disk, err := m.o.Presenter.Present(ctx, block, e.block.source(), true)
 	if err != nil {
-		if ctx.Err() != nil {
-			// It may be there or not. Others who want it wait at the gate.
-			cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupWait)
-			defer cancel()
-			if werr := m.withdraw(cleanup, block, 0); werr != nil {
-				m.o.Logger.Warn("a disk may be left from a call that gave up", "disk", block, "error", werr)
-			}
+		if unclear(ctx, err) {
+			// It may be there or not. Whoever lets go of it last takes it away.
+			m.mu.Lock()
+			m.doubtLocked(e)
+			m.mu.Unlock()
 		}
 		return present.Disk{}, err
 	}
@@ -393,10 +484,46 @@ func (m *Manager) show(ctx context.Context, block string, e *entry) (present.Dis
 	return disk, nil
 }
 
+// unclear tells whether a call that failed may have taken effect all the same: it was
+// given up, or its answer was lost.
+func unclear(ctx context.Context, err error) bool {
+	return ctx.Err() != nil || errors.Is(err, kind.Unavailable) || errors.Is(err, kind.Canceled)
+}
+
 func (m *Manager) setShown(e *entry, disk present.Disk, shown bool) {
 	m.mu.Lock()
-	e.disk, e.shown = disk, shown
+	e.disk, e.shown, e.doubt = disk, shown, false
 	m.mu.Unlock()
+}
+
+// takeSlot bounds what goes on at once.
+func (m *Manager) takeSlot(ctx context.Context) error {
+	m.mu.Lock()
+	if m.busy++; m.idle == nil {
+		m.idle = make(chan struct{})
+	}
+	m.mu.Unlock()
+	select {
+	case m.slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		m.notBusy()
+		return context.Cause(ctx)
+	}
+}
+
+func (m *Manager) leaveSlot() {
+	<-m.slots
+	m.notBusy()
+}
+
+func (m *Manager) notBusy() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.busy--; m.busy == 0 {
+		close(m.idle)
+		m.idle = nil
+	}
 }
 
 func (m *Manager) enterGate(ctx context.Context, e *entry) error {
@@ -405,17 +532,15 @@ func (m *Manager) enterGate(ctx context.Context, e *entry) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	select {
-	case m.slots <- struct{}{}:
-		return nil
-	case <-ctx.Done():
+	if err := m.takeSlot(ctx); err != nil {
 		<-e.gate
-		return context.Cause(ctx)
+		return err
 	}
+	return nil
 }
 
 func (m *Manager) leaveGate(e *entry) {
-	<-m.slots
+	m.leaveSlot()
 	<-e.gate
 }
 
@@ -427,15 +552,20 @@ func (m *Manager) hide(ctx context.Context, block string, e *entry) error {
 	}
 	defer m.leaveGate(e)
 	m.mu.Lock()
-	if !e.shown || len(e.users) > 0 || e.busy > 1 {
+	if !e.shown && !e.doubt || len(e.users) > 0 || e.busy > 1 {
 		m.mu.Unlock()
 		return nil
 	}
-	disk := e.disk
+	disk, shown := e.disk, e.shown
 	e.shown = false // from here on a new Attach waits at the gate
 	m.mu.Unlock()
 	if err := m.withdraw(ctx, block, hideWait); err != nil {
-		m.setShown(e, disk, true)
+		m.setShown(e, disk, shown)
+		if !shown || unclear(ctx, err) {
+			m.mu.Lock()
+			m.doubtLocked(e)
+			m.mu.Unlock()
+		}
 		return err
 	}
 	m.setShown(e, present.Disk{}, false)
@@ -485,6 +615,9 @@ func (m *Manager) Detach(ctx context.Context, block, user string) error {
 		if err = m.dropReader(block, user); err == nil {
 			m.mu.Lock()
 			delete(e.users, user)
+			if len(e.users) == 0 {
+				e.endPrefetches(kind.Errorf(kind.Canceled, "nobody uses the block any more"))
+			}
 			m.mu.Unlock()
 			m.step("detach: forgotten")
 		}
@@ -496,145 +629,6 @@ func (m *Manager) Detach(ctx context.Context, block, user string) error {
 		return fmt.Errorf("detach block %s: %w", block, err)
 	}
 	m.step("detach: hidden")
-	return nil
-}
-
-// AttachWritable implements Service. id must not be the name of a block or of
-// another disk.
-func (m *Manager) AttachWritable(ctx context.Context, b Block, path, id string) (present.Disk, error) {
-	b = m.own(b)
-	block := b.Name
-	if err := errors.Join(checkBlock(b), checkName("disk", id), checkPath(path)); err != nil {
-		return present.Disk{}, kind.Wrap(kind.Invalid, err)
-	}
-	if block == id {
-		return present.Disk{}, kind.Errorf(kind.Invalid, "writable disk %s cannot have the name of its block", id)
-	}
-	if err := m.enter(); err != nil {
-		return present.Disk{}, err
-	}
-	defer m.calls.Done()
-	unlock, err := m.keys.Lock(ctx, id)
-	if err != nil {
-		return present.Disk{}, fmt.Errorf("attach writable disk %s: %w", id, err)
-	}
-	defer unlock()
-	disk, err := m.attachWritable(ctx, id, writerRecord{Block: block, Target: b.Target, Path: path})
-	if err != nil {
-		return present.Disk{}, fmt.Errorf("attach writable disk %s over block %s: %w", id, block, err)
-	}
-	return disk, nil
-}
-
-func (m *Manager) attachWritable(ctx context.Context, id string, record writerRecord) (present.Disk, error) {
-	m.mu.Lock()
-	w, known := m.writers[id]
-	if known && (w.block() != record.block() || w.Path != record.Path) {
-		m.mu.Unlock()
-		return present.Disk{}, kind.Errorf(kind.Exists, "it is there over block %s with %s", w.Block, w.Path)
-	}
-	if known && w.disk.ID != "" {
-		defer m.mu.Unlock()
-		return w.disk, nil
-	}
-	if !known {
-		w = &writer{writerRecord: record}
-		m.writers[id] = w // before anything else: from here on Attached says so
-	}
-	m.mu.Unlock()
-
-	disk, err := m.showWritable(ctx, id, w, known)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if err != nil {
-		if !known {
-			delete(m.writers, id)
-			m.released(record.block())
-		}
-		return present.Disk{}, err
-	}
-	w.disk = disk
-	return disk, nil
-}
-
-func (m *Manager) showWritable(ctx context.Context, id string, w *writer, known bool) (present.Disk, error) {
-	select {
-	case m.slots <- struct{}{}:
-		defer func() { <-m.slots }()
-	case <-ctx.Done():
-		return present.Disk{}, context.Cause(ctx)
-	}
-	if err := m.o.Lookup(ctx, w.block()); err != nil {
-		return present.Disk{}, err
-	}
-	if !known {
-		if err := m.putWriter(id, w.writerRecord); err != nil {
-			return present.Disk{}, err
-		}
-		m.step("attach writable: recorded")
-	}
-	disk, err := m.o.Presenter.Present(ctx, id, w.source(), false)
-	if err == nil {
-		m.step("attach writable: shown")
-		return disk, nil
-	}
-	if !known {
-		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupWait)
-		defer cancel()
-		// kind.Exists means that the disk of this id is somebody else's.
-		if !errors.Is(err, kind.Exists) {
-			if werr := m.withdraw(cleanup, id, 0); werr != nil {
-				m.o.Logger.Warn("a disk may be left from a call that failed", "disk", id, "error", werr)
-			}
-		}
-		if derr := m.dropWriter(id); derr != nil {
-			m.o.Logger.Warn("cannot forget a writable disk", "disk", id, "error", derr)
-		}
-	}
-	return present.Disk{}, err
-}
-
-// DetachWritable implements Service. While the kernel has the disk open it is
-// kind.InUse and nothing changes.
-func (m *Manager) DetachWritable(ctx context.Context, block, id string) error {
-	if err := errors.Join(checkName("block", block), checkName("disk", id)); err != nil {
-		return kind.Wrap(kind.Invalid, err)
-	}
-	if err := m.enter(); err != nil {
-		return err
-	}
-	defer m.calls.Done()
-	unlock, err := m.keys.Lock(ctx, id)
-	if err != nil {
-		return fmt.Errorf("detach writable disk %s: %w", id, err)
-	}
-	defer unlock()
-	m.mu.Lock()
-	w := m.writers[id]
-	m.mu.Unlock()
-	if w == nil {
-		return nil
-	}
-	if w.Block != block {
-		return kind.Errorf(kind.Invalid, "detach writable disk %s: it is over block %s, not %s", id, w.Block, block)
-	}
-	// Withdraw first: should this process die in between, the record brings the
-	// disk back and the caller's next try ends it. The other way round a disk that
-	// cannot be taken away would be shown for nobody.
-	if err := m.withdraw(ctx, id, hideWait); err != nil {
-		return fmt.Errorf("detach writable disk %s: %w", id, err)
-	}
-	m.mu.Lock()
-	w.disk = present.Disk{}
-	m.mu.Unlock()
-	m.step("detach writable: hidden")
-	if err := m.dropWriter(id); err != nil {
-		return fmt.Errorf("detach writable disk %s: %w", id, err)
-	}
-	m.mu.Lock()
-	delete(m.writers, id)
-	m.mu.Unlock()
-	m.released(w.block())
 	return nil
 }
 
@@ -676,13 +670,13 @@ func (m *Manager) Layered(b Block) bool {
 func (m *Manager) Stat(_ context.Context, block string) (Attachment, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	users := make(map[string]struct{})
+	var layers []string
 	for id, w := range m.writers {
 		if w.Block == block {
-			users[id] = struct{}{}
+			layers = append(layers, id)
 		}
 	}
-	a, ok := m.attachmentLocked(block, users)
+	a, ok := m.attachmentLocked(block, layers)
 	if !ok {
 		return Attachment{}, kind.Errorf(kind.NotFound, "block %.160s is not attached on this host", block)
 	}
@@ -693,19 +687,16 @@ func (m *Manager) Stat(_ context.Context, block string) (Attachment, error) {
 func (m *Manager) List(context.Context) ([]Attachment, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	users := make(map[string]map[string]struct{}, len(m.blocks)) // by block
+	layers := make(map[string][]string, len(m.blocks)) // by block
 	for block := range m.blocks {
-		users[block] = make(map[string]struct{})
+		layers[block] = nil
 	}
 	for id, w := range m.writers {
-		if users[w.Block] == nil {
-			users[w.Block] = make(map[string]struct{})
-		}
-		users[w.Block][id] = struct{}{}
+		layers[w.Block] = append(layers[w.Block], id)
 	}
-	out := make([]Attachment, 0, len(users))
-	for block, u := range users {
-		if a, ok := m.attachmentLocked(block, u); ok {
+	out := make([]Attachment, 0, len(layers))
+	for block, ids := range layers {
+		if a, ok := m.attachmentLocked(block, ids); ok {
 			out = append(out, a)
 		}
 	}
@@ -718,10 +709,15 @@ func (m *Manager) List(context.Context) ([]Attachment, error) {
 	return out, nil
 }
 
-// attachmentLocked describes block, adding its readers to users. ok is false when
-// there is nothing but a call on its way.
-func (m *Manager) attachmentLocked(block string, users map[string]struct{}) (a Attachment, ok bool) {
-	a.Block = block
+// attachmentLocked describes block, over which layers are. ok is false when there is
+// nothing but a call on its way.
+func (m *Manager) attachmentLocked(block string, layers []string) (a Attachment, ok bool) {
+	slices.Sort(layers)
+	a.Block, a.Layers = block, layers
+	users := make(map[string]struct{})
+	for _, id := range layers {
+		users[id] = struct{}{}
+	}
 	if e := m.blocks[block]; e != nil {
 		for u := range e.users {
 			users[u] = struct{}{}

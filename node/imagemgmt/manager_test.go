@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -101,6 +102,7 @@ func (l *lab) options() imagemgmt.Options {
 			_, err := l.store.Get(block.Name)
 			return err
 		},
+		Open: l.open,
 	}
 }
 
@@ -256,7 +258,7 @@ func TestRestartAndReboot(t *testing.T) {
 		must(t, err)
 	}
 	path := l.qcow2("rw")
-	_, err := m.AttachWritable(ctx, imagemgmt.Block{Name: b2}, path, "rw-1")
+	_, err := m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: b2}, Path: path}, "rw-1")
 	must(t, err)
 
 	l.restart()
@@ -428,27 +430,29 @@ func TestWritable(t *testing.T) {
 	l := newLab(t)
 	m, b, other := l.start(), l.block(1), l.block(2)
 	path := l.qcow2("rw")
-	d, err := m.AttachWritable(ctx, imagemgmt.Block{Name: b}, path, "rw-1")
+	d, err := m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: path}, "rw-1")
 	must(t, err)
 	if d.ReadOnly || d.ID != "rw-1" || d.Source != (present.Source{Kind: present.SourceQcow2, Lvol: b, Path: path}) {
 		t.Fatalf("%+v", d)
 	}
-	again, err := m.AttachWritable(ctx, imagemgmt.Block{Name: b}, path, "rw-1")
+	again, err := m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: path}, "rw-1")
 	must(t, err)
 	if again != d {
 		t.Fatalf("%+v and %+v", d, again)
 	}
-	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: other}, path, "rw-1")
+	_, err = m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: other}, Path: path}, "rw-1")
 	wantKind(t, err, kind.Exists)
-	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: b}, l.qcow2("rw2"), "rw-1")
+	_, err = m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: l.qcow2("rw2")}, "rw-1")
 	wantKind(t, err, kind.Exists)
-	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: b}, filepath.Join(l.dir, "absent"), "rw-2")
+	_, err = m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: filepath.Join(l.dir, "absent", "rw")}, "rw-2")
 	wantKind(t, err, kind.NotFound)
-	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: "soldier-of-nobody"}, path, "rw-2")
-	wantKind(t, err, kind.NotFound)
-	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: b}, "relative", "rw-2")
+	_, err = m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: path, SizeBytes: 100}, "rw-2")
 	wantKind(t, err, kind.Invalid)
-	_, err = m.AttachWritable(ctx, imagemgmt.Block{Name: b}, path, b)
+	_, err = m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: "soldier-of-nobody"}, Path: path}, "rw-2")
+	wantKind(t, err, kind.NotFound)
+	_, err = m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: "relative"}, "rw-2")
+	wantKind(t, err, kind.Invalid)
+	_, err = m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: path}, b)
 	wantKind(t, err, kind.Invalid)
 
 	must(t, func() error { _, err := m.Attach(ctx, imagemgmt.Block{Name: b}, "reader"); return err }())
@@ -471,12 +475,349 @@ func TestWritable(t *testing.T) {
 	must(t, m.DetachWritable(ctx, b, "rw-1"))
 	l.wantUsers(b)
 	l.wantShown()
-	must(t, func() error { _, err := m.AttachWritable(ctx, imagemgmt.Block{Name: b}, path, "rw-1"); return err }())
+	must(t, func() error {
+		_, err := m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: path}, "rw-1")
+		return err
+	}())
 	got := make([]byte, 4)
 	if _, err := l.presenter.Device("rw-1").ReadAt(got, 4096); err != nil || string(got) != "kept" {
 		t.Fatalf("%q, %v", got, err)
 	}
 	must(t, m.DetachWritable(ctx, b, "rw-1"))
+}
+
+// TestLayers goes through the lives of writable layers.
+func TestLayers(t *testing.T) {
+	l := newLab(t)
+	m, b, other := l.start(), l.block(1), l.block(2)
+	layer := imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: filepath.Join(l.dir, "rw-1.qcow2")}
+	stat := func(there bool) imagemgmt.Writable {
+		t.Helper()
+		w, err := l.manager.StatWritable(ctx, layer, "rw-1")
+		must(t, err)
+		if (w.Files > 0) != there || (w.AllocatedBytes > 0) != there {
+			t.Fatalf("%+v, there: %v", w, there)
+		}
+		return w
+	}
+	stat(false)
+	d, err := m.AttachWritable(ctx, layer, "rw-1")
+	must(t, err)
+	if d.SizeBytes != blockBytes {
+		t.Fatalf("it has %d bytes and its block %d", d.SizeBytes, blockBytes)
+	}
+	if w := stat(true); w.Disk != d {
+		t.Fatalf("%+v, want %+v", w.Disk, d)
+	}
+	before := stat(true).AllocatedBytes
+	if _, err := l.presenter.Device("rw-1").WriteAt(make([]byte, 1<<20), 0); err != nil {
+		t.Fatal(err)
+	}
+	if after := stat(true).AllocatedBytes; after < before {
+		t.Fatalf("%d bytes before and %d after", before, after)
+	}
+	// A larger one.
+	large := imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: filepath.Join(l.dir, "rw-2.qcow2"), SizeBytes: 2 * blockBytes}
+	if d, err = m.AttachWritable(ctx, large, "rw-2"); err != nil || d.SizeBytes != 2*blockBytes {
+		t.Fatalf("%+v, %v", d, err)
+	}
+	// Deleted while it is attached, and once more.
+	must(t, m.DeleteWritable(ctx, large, "rw-2"))
+	must(t, m.DeleteWritable(ctx, large, "rw-2"))
+	if files, _ := filepath.Glob(large.Path + "*"); len(files) != 0 {
+		t.Fatalf("left %q", files)
+	}
+	l.wantShown("rw-1")
+
+	// What was made is never made again: not after a restart, and not when its file is lost.
+	must(t, m.DetachWritable(ctx, b, "rw-1"))
+	m = l.restart()
+	wantKind(t, m.DeleteWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: other}, Path: layer.Path}, "rw-1"), kind.Invalid)
+	_, err = m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: other}, Path: layer.Path}, "rw-1")
+	wantKind(t, err, kind.Exists)
+	must(t, os.Rename(layer.Path, layer.Path+"-lost"))
+	_, err = m.AttachWritable(ctx, layer, "rw-1")
+	wantKind(t, err, kind.NotFound)
+	l.wantUsers(b)
+	must(t, os.Rename(layer.Path+"-lost", layer.Path))
+	_, err = m.AttachWritable(ctx, layer, "rw-1")
+	must(t, err)
+	must(t, m.DeleteWritable(ctx, layer, "rw-1"))
+	stat(false)
+	// The id is free again.
+	_, err = m.AttachWritable(ctx, layer, "rw-1")
+	must(t, err)
+
+	// In use: nothing changes.
+	l.presenter.SetBusy("rw-1", true)
+	wantKind(t, m.DeleteWritable(ctx, layer, "rw-1"), kind.InUse)
+	stat(true)
+	l.presenter.SetBusy("rw-1", false)
+	must(t, m.DeleteWritable(ctx, layer, "rw-1"))
+
+	// A layer of before there were records of layers: its file is taken as it is.
+	must(t, qcow2.Create(layer.Path, qcow2.CreateOptions{SizeBytes: 3 * blockBytes, BackingFile: b}))
+	if d, err = m.AttachWritable(ctx, layer, "rw-1"); err != nil || d.SizeBytes != 3*blockBytes {
+		t.Fatalf("%+v, %v", d, err)
+	}
+	must(t, m.DetachWritable(ctx, b, "rw-1"))
+	must(t, m.DeleteWritable(ctx, layer, "rw-1"))
+	l.wantShown()
+	l.wantUsers(b)
+}
+
+// TestUnclear has the presenter be out of reach: whatever it shows for nobody goes once it
+// is back, without anybody's asking.
+func TestUnclear(t *testing.T) {
+	l := newLab(t)
+	m, b := l.start(), l.block(1)
+	away := kind.Errorf(kind.Unavailable, "the card does not answer")
+	var down atomic.Bool
+	shown := func(want ...string) {
+		t.Helper()
+		for deadline := time.Now().Add(10 * time.Second); !slices.Equal(l.shown(), want); time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("shown %q, want %q", l.shown(), want)
+			}
+		}
+	}
+	// An attach whose answer is lost.
+	lost := &lossy{Presenter: l.presenter, lost: &down, err: away}
+	o := l.options()
+	must(t, m.Close())
+	o.Presenter = lost
+	m, err := imagemgmt.New(o)
+	must(t, err)
+	l.manager = m
+	down.Store(true)
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
+	wantKind(t, err, kind.Unavailable)
+	shown(b)
+	if !m.Attached(b) {
+		t.Fatal("a block that may be shown does not count as attached: its store may take it away")
+	}
+	down.Store(false)
+	shown()
+	for m.Attached(b) {
+		time.Sleep(time.Millisecond)
+	}
+	// A detach.
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
+	must(t, err)
+	down.Store(true)
+	wantKind(t, m.Detach(ctx, b, "u"), kind.Unavailable)
+	shown(b)
+	down.Store(false)
+	shown()
+	// One that is wanted again meanwhile stays.
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
+	must(t, err)
+	down.Store(true)
+	wantKind(t, m.Detach(ctx, b, "u"), kind.Unavailable)
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b}, "v")
+	must(t, err)
+	down.Store(false)
+	time.Sleep(600 * time.Millisecond)
+	shown(b)
+	// A writable one: its record stays until its owner calls again.
+	layer := imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: filepath.Join(l.dir, "rw-1.qcow2")}
+	down.Store(true)
+	_, err = m.AttachWritable(ctx, layer, "rw-1")
+	wantKind(t, err, kind.Unavailable)
+	down.Store(false)
+	l.wantUsers(b, "rw-1", "v")
+	_, err = m.AttachWritable(ctx, layer, "rw-1")
+	must(t, err)
+	must(t, m.DeleteWritable(ctx, layer, "rw-1"))
+	must(t, m.Detach(ctx, b, "v"))
+	l.wantShown()
+}
+
+// lossy does what it is asked and loses the answer, or does nothing when it is to take
+// away.
+type lossy struct {
+	present.Presenter
+	lost *atomic.Bool
+	err  error
+}
+
+func (p *lossy) Present(ctx context.Context, id string, source present.Source, readOnly bool) (present.Disk, error) {
+	d, err := p.Presenter.Present(ctx, id, source, readOnly)
+	if err == nil && p.lost.Load() {
+		return present.Disk{}, p.err
+	}
+	return d, err
+}
+
+func (p *lossy) Withdraw(ctx context.Context, id string) error {
+	if p.lost.Load() {
+		return p.err
+	}
+	return p.Presenter.Withdraw(ctx, id)
+}
+
+func TestPrefetch(t *testing.T) {
+	l := newLab(t)
+	b := l.block(1)
+	source := &slowDevice{size: 64 << 20, gate: make(chan struct{}, 1<<10)}
+	o := l.options()
+	o.Cached = func(imagemgmt.Block) (bdev.Device, error) { return source, nil }
+	m, err := imagemgmt.New(o)
+	must(t, err)
+	l.manager = m
+	open := func(n int) {
+		for range n {
+			source.gate <- struct{}{}
+		}
+	}
+	wantKind(t, m.Prefetch(ctx, b, nil, nil), kind.NotFound)
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
+	must(t, err)
+	wantKind(t, m.Prefetch(ctx, b, []imagemgmt.Range{{OffsetBytes: 64 << 20, LengthBytes: 1}}, nil), kind.Invalid)
+	wantKind(t, m.Prefetch(ctx, b, []imagemgmt.Range{{OffsetBytes: -1, LengthBytes: 1}}, nil), kind.Invalid)
+
+	open(1 << 9)
+	var last int64
+	must(t, m.Prefetch(ctx, b, []imagemgmt.Range{{OffsetBytes: 32 << 20, LengthBytes: 3<<20 + 512}, {OffsetBytes: 0, LengthBytes: 4096}}, func(n int64) {
+		if n < last {
+			t.Errorf("%d after %d", n, last)
+		}
+		last = n
+	}))
+	if want := int64(3<<20 + 512 + 4096); last != want || source.read.Load() != want {
+		t.Fatalf("read %d, told %d, want %d", source.read.Load(), last, want)
+	}
+	if n := source.most.Load(); n > 4 {
+		t.Fatalf("%d reads at once", n)
+	}
+	for len(source.gate) > 0 {
+		<-source.gate
+	}
+
+	// The caller gives up; the last user goes; the manager stops.
+	run := func(end func(cancel context.CancelFunc)) error {
+		t.Helper()
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		done := make(chan error, 1)
+		begin := source.begun.Load()
+		go func() { done <- m.Prefetch(ctx, b, []imagemgmt.Range{{LengthBytes: 64 << 20}}, nil) }()
+		for source.begun.Load() == begin {
+			time.Sleep(time.Millisecond)
+		}
+		end(cancel)
+		return <-done
+	}
+	source.closed.Store(make(chan struct{}))
+	wantKind(t, run(func(cancel context.CancelFunc) { cancel() }), kind.Canceled)
+	source.closed.Store(make(chan struct{}))
+	wantKind(t, run(func(context.CancelFunc) { must(t, m.Detach(ctx, b, "u")) }), kind.Canceled)
+	l.wantShown()
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
+	must(t, err)
+	source.closed.Store(make(chan struct{}))
+	wantKind(t, run(func(context.CancelFunc) { must(t, m.Close()) }), kind.Unavailable)
+
+	// Attaches go first: while one is under way, nothing is read.
+	m = l.start()
+	must(t, m.Close())
+	if m, err = imagemgmt.New(o); err != nil {
+		t.Fatal(err)
+	}
+	l.manager = m
+	c := l.block(3)
+	enter, leave := make(chan struct{}), make(chan struct{})
+	l.presenter.Hook(func(_ context.Context, op, id string) error {
+		if op == "present" && id == c {
+			close(enter)
+			<-leave
+		}
+		return nil
+	})
+	attached := make(chan error, 1)
+	go func() { _, err := m.Attach(ctx, imagemgmt.Block{Name: c}, "u"); attached <- err }()
+	<-enter
+	open(8)
+	source.closed.Store(make(chan struct{}))
+	before := source.begun.Load()
+	fetched := make(chan error, 1)
+	go func() { fetched <- m.Prefetch(ctx, b, []imagemgmt.Range{{LengthBytes: 4096}}, nil) }()
+	time.Sleep(20 * time.Millisecond)
+	if source.begun.Load() != before {
+		t.Error("a prefetch reads while a disk is being shown")
+	}
+	close(leave)
+	must(t, <-attached)
+	must(t, <-fetched)
+	l.presenter.Hook(nil)
+
+	// Where nothing keeps what is read.
+	must(t, m.Close())
+	m = l.start()
+	wantKind(t, m.Prefetch(ctx, b, nil, nil), kind.Unsupported)
+}
+
+// slowDevice answers one read for each value in gate, and fails those that wait when it is
+// closed.
+type slowDevice struct {
+	bdev.Device
+	size                     int64
+	gate                     chan struct{}
+	closed                   atomic.Value // chan struct{}
+	begun, read, under, most atomic.Int64
+}
+
+func (d *slowDevice) SizeBytes() int64 { return d.size }
+
+func (d *slowDevice) ReadAt(p []byte, _ int64) (int, error) {
+	d.begun.Add(1)
+	n := d.under.Add(1)
+	defer d.under.Add(-1)
+	for {
+		most := d.most.Load()
+		if n <= most || d.most.CompareAndSwap(most, n) {
+			break
+		}
+	}
+	closed, _ := d.closed.Load().(chan struct{})
+	select {
+	case <-d.gate:
+		d.read.Add(int64(len(p)))
+		return len(p), nil
+	case <-closed:
+		return 0, kind.Errorf(kind.Canceled, "closed")
+	}
+}
+
+func (d *slowDevice) Close() error {
+	if closed, ok := d.closed.Load().(chan struct{}); ok {
+		close(closed)
+	}
+	return nil
+}
+
+func TestScratch(t *testing.T) {
+	l := newLab(t)
+	o := l.options()
+	o.Own = "local"
+	o.Scratch = func(_ context.Context, target string, size int64) (imagemgmt.Block, error) {
+		return imagemgmt.Block{Target: target, Name: fmt.Sprint("scratch-", size)}, nil
+	}
+	m, err := imagemgmt.New(o)
+	must(t, err)
+	l.manager = m
+	for target, want := range map[string]string{"local": "", "": "", "rack-7": "rack-7"} {
+		if got, err := m.EnsureScratch(ctx, target, 1<<20); err != nil || got != (imagemgmt.Block{Target: want, Name: "scratch-1048576"}) {
+			t.Errorf("%q: %+v, %v", target, got, err)
+		}
+	}
+	for _, bad := range []int64{0, -1, 100} {
+		_, err := m.EnsureScratch(ctx, "", bad)
+		wantKind(t, err, kind.Invalid)
+	}
+	l.restart()
+	_, err = l.manager.EnsureScratch(ctx, "", 1<<20)
+	wantKind(t, err, kind.Unsupported)
 }
 
 func TestListIsInOrder(t *testing.T) {
@@ -490,7 +831,7 @@ func TestListIsInOrder(t *testing.T) {
 			_, err := m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
 			must(t, err)
 		} else {
-			_, err := m.AttachWritable(ctx, imagemgmt.Block{Name: b}, l.qcow2(b), fmt.Sprintf("rw-%d", i))
+			_, err := m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Name: b}, Path: l.qcow2(b)}, fmt.Sprintf("rw-%d", i))
 			must(t, err)
 		}
 	}
@@ -670,12 +1011,12 @@ func TestTargets(t *testing.T) {
 	if d.Source.Target != "rack-7" {
 		t.Fatalf("%+v", d)
 	}
-	w, err := m.AttachWritable(ctx, far, path, "rw-1")
+	w, err := m.AttachWritable(ctx, imagemgmt.Layer{Block: far, Path: path}, "rw-1")
 	must(t, err)
 	if w.Source.Target != "rack-7" {
 		t.Fatalf("%+v", w)
 	}
-	_, err = m.AttachWritable(ctx, imagemgmt.Block{Target: "rack-8", Name: b}, path, "rw-1")
+	_, err = m.AttachWritable(ctx, imagemgmt.Layer{Block: imagemgmt.Block{Target: "rack-8", Name: b}, Path: path}, "rw-1")
 	wantKind(t, err, kind.Exists)
 	// Who names another target for the same block gets the disk that is there.
 	again, err := m.Attach(ctx, imagemgmt.Block{Target: "rack-8", Name: b}, "v")

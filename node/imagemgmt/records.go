@@ -3,6 +3,7 @@ package imagemgmt
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"path/filepath"
 	"strings"
 
@@ -12,21 +13,25 @@ import (
 	"github.com/thaw-project/thaw/statedb"
 )
 
-// The database, format version 2 (1 knew no targets). Values are JSON.
+// The database, format version 3 (1 knew no targets, 2 no layers). Values are JSON.
 //
 //	bucket "readers"  block \0 user -> readerRecord   one use of a block by Attach
 //	bucket "writers"  disk id       -> writerRecord   one AttachWritable
+//	bucket "layers"   disk id       -> layerRecord    a writable layer, attached or not
+//
+// A layer of version 2 has no record until it is attached again; its file is there.
 //
 // A record is written before the disk is shown and, for readers, removed before it
 // is taken away: what is shown and not recorded is nobody's.
 const (
 	dbPart    = "imagemgmt"
-	dbVersion = 2
+	dbVersion = 3
 )
 
 var (
 	readersBucket = []byte("readers")
 	writersBucket = []byte("writers")
+	layersBucket  = []byte("layers")
 )
 
 // Bounds of names, so that a record stays small and a key fits bbolt.
@@ -49,11 +54,22 @@ type writerRecord struct {
 	SinceUnixNanos int64  `json:"since"`
 }
 
+// layerRecord is a writable layer. Made says that it came about: from then on one that is
+// not there is lost, and not to be made.
+type layerRecord struct {
+	Block     string `json:"block"`
+	Target    string `json:"target,omitempty"`
+	Path      string `json:"path"`
+	SizeBytes int64  `json:"size_bytes"`
+	Made      bool   `json:"made"`
+}
+
 func openDB(path string) (*statedb.DB, error) {
 	return statedb.Open(statedb.Options{
 		Path: path, Part: dbPart, Version: dbVersion,
-		Buckets: []string{string(readersBucket), string(writersBucket)},
-		// Records of version 1 are of this machine's own store.
+		Buckets: []string{string(readersBucket), string(writersBucket), string(layersBucket)},
+		// Records of version 1 are of this machine's own store, and layers of version 2 are
+		// recorded when they are next attached.
 		Upgrade: func(*bbolt.Tx, uint32) error { return nil },
 	})
 }
@@ -77,6 +93,13 @@ func decodeWriter(key, value []byte) (id string, w writerRecord, err error) {
 	return string(key), w, nil
 }
 
+func decodeLayer(key, value []byte) (id string, l layerRecord, err error) {
+	if checkName("disk", string(key)) != nil || strictJSON(value, &l) != nil || checkLayer(l.layer()) != nil {
+		return "", layerRecord{}, kind.Errorf(kind.Corrupt, "record %.80q of a writable layer is damaged", key)
+	}
+	return string(key), l, nil
+}
+
 func strictJSON(raw []byte, into any) error {
 	d := json.NewDecoder(bytes.NewReader(raw))
 	d.DisallowUnknownFields()
@@ -90,28 +113,36 @@ func strictJSON(raw []byte, into any) error {
 }
 
 // load reads all records.
-func load(db *statedb.DB) (readers map[Block][]string, writers map[string]writerRecord, err error) {
-	readers, writers = make(map[Block][]string), make(map[string]writerRecord)
+func load(db *statedb.DB) (readers map[Block][]string, writers map[string]writerRecord, layers map[string]layerRecord, err error) {
+	readers, writers, layers = make(map[Block][]string), make(map[string]writerRecord), make(map[string]layerRecord)
 	err = db.View(func(tx *bbolt.Tx) error {
-		err := tx.Bucket(readersBucket).ForEach(func(k, v []byte) error {
+		if err := tx.Bucket(readersBucket).ForEach(func(k, v []byte) error {
 			block, user, err := decodeReader(k, v)
 			if err == nil {
 				readers[block] = append(readers[block], user)
 			}
 			return err
-		})
-		if err != nil {
+		}); err != nil {
 			return err
 		}
-		return tx.Bucket(writersBucket).ForEach(func(k, v []byte) error {
+		if err := tx.Bucket(writersBucket).ForEach(func(k, v []byte) error {
 			id, w, err := decodeWriter(k, v)
 			if err == nil {
 				writers[id] = w
 			}
 			return err
+		}); err != nil {
+			return err
+		}
+		return tx.Bucket(layersBucket).ForEach(func(k, v []byte) error {
+			id, l, err := decodeLayer(k, v)
+			if err == nil {
+				layers[id] = l
+			}
+			return err
 		})
 	})
-	return readers, writers, err
+	return readers, writers, layers, err
 }
 
 func (m *Manager) putReader(block Block, user string) error {
@@ -126,20 +157,51 @@ func (m *Manager) dropReader(block, user string) error {
 	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(readersBucket).Delete(readerKey(block, user)) })
 }
 
-func (m *Manager) putWriter(id string, w writerRecord) error {
+// putWriter records that disk id is attached, and its layer as it is.
+func (m *Manager) putWriter(id string, w writerRecord, l layerRecord) error {
 	w.SinceUnixNanos = m.o.Now().UnixNano()
 	raw, err := json.Marshal(w)
 	if err != nil {
 		return err
 	}
-	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(writersBucket).Put([]byte(id), raw) })
+	rawLayer, err := json.Marshal(l)
+	if err != nil {
+		return err
+	}
+	return m.db.Update(func(tx *bbolt.Tx) error {
+		if err := tx.Bucket(layersBucket).Put([]byte(id), rawLayer); err != nil {
+			return err
+		}
+		return tx.Bucket(writersBucket).Put([]byte(id), raw)
+	})
+}
+
+func (m *Manager) putLayer(id string, l layerRecord) error {
+	raw, err := json.Marshal(l)
+	if err != nil {
+		return err
+	}
+	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(layersBucket).Put([]byte(id), raw) })
 }
 
 func (m *Manager) dropWriter(id string) error {
 	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(writersBucket).Delete([]byte(id)) })
 }
 
+func (m *Manager) dropLayer(id string) error {
+	return m.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(layersBucket).Delete([]byte(id)) })
+}
+
 func (w writerRecord) block() Block { return Block{w.Target, w.Block} }
+
+func (l layerRecord) layer() Layer { return Layer{Block{l.Target, l.Block}, l.Path, l.SizeBytes} }
+
+func checkLayer(l Layer) error {
+	if l.SizeBytes < 0 || l.SizeBytes%512 != 0 {
+		return kind.Errorf(kind.Invalid, "writable layer of %d bytes: must be a multiple of 512", l.SizeBytes)
+	}
+	return errors.Join(checkBlock(l.Block), checkPath(l.Path))
+}
 
 // checkBlock holds a target's name to what configurations and annotations allow, and
 // the block's to what lvols may be called.

@@ -68,22 +68,20 @@ func newChain(t testing.TB, dir, blocks string) *chain {
 		info, err := f.Stat()
 		return &fileDevice{f, info.Size() &^ 511, true}, err
 	}
+	open := func(source present.Source, readOnly bool) (bdev.Device, error) {
+		base, err := lvol(source.Lvol)
+		if err != nil || source.Kind == present.SourceLvol {
+			return base, err
+		}
+		image, err := qcow2.Open(source.Path, qcow2.OpenOptions{ReadOnly: readOnly, Backing: base, BackingSizeBytes: base.SizeBytes()})
+		if err != nil {
+			return nil, errors.Join(err, base.Close())
+		}
+		return &overQcow2{image, base}, nil
+	}
 	c := &chain{dir: dir}
 	var err error
-	c.presenter, err = fuse.New(fuse.Options{
-		Dir: filepath.Join(dir, "dev"), StatePath: filepath.Join(dir, "fuse.json"),
-		Open: func(source present.Source, readOnly bool) (bdev.Device, error) {
-			base, err := lvol(source.Lvol)
-			if err != nil || source.Kind == present.SourceLvol {
-				return base, err
-			}
-			image, err := qcow2.Open(source.Path, qcow2.OpenOptions{ReadOnly: readOnly, Backing: base, BackingSizeBytes: base.SizeBytes()})
-			if err != nil {
-				return nil, errors.Join(err, base.Close())
-			}
-			return &overQcow2{image, base}, nil
-		},
-	})
+	c.presenter, err = fuse.New(fuse.Options{Dir: filepath.Join(dir, "dev"), StatePath: filepath.Join(dir, "fuse.json"), Open: open})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -94,6 +92,10 @@ func newChain(t testing.TB, dir, blocks string) *chain {
 				return kind.Wrap(kind.NotFound, err)
 			}
 			return nil
+		},
+		Open: open,
+		Scratch: func(context.Context, string, int64) (imagemgmt.Block, error) {
+			return imagemgmt.Block{Name: scratchBlock}, nil
 		},
 	})
 	if err != nil {
@@ -128,8 +130,6 @@ func (l *lab) joinChain(c *chain) {
 	*c = *newChain(l.t, l.dir, l.storage.blocks())
 	l.open(func(o *Options) {
 		o.Images = c.manager
-		o.createDisk = nil
-		o.ensureDefaults()
 	})
 }
 

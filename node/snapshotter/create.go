@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -72,7 +73,7 @@ func (s *Snapshotter) create(ctx context.Context, c creation) ([]mount.Mount, er
 	if err != nil {
 		return nil, err
 	}
-	own := link{record: s.formFor(c, chain)}
+	own := link{record: s.formFor(ctx, c, chain)}
 	own.FellBack = c.fellBack
 	own.Uses = s.stack("", chain).uses()
 
@@ -140,7 +141,7 @@ func removeIfMade(dir string) error {
 // parent of mode overlaybd that is a disk, unless the snapshot is to take an image
 // layer, whose diff is then read from the upper directory, or its owner is to be
 // changed, which overlayfs does and a disk does not.
-func (s *Snapshotter) formFor(c creation, chain []link) record {
+func (s *Snapshotter) formFor(ctx context.Context, c creation, chain []link) record {
 	_, uidMap := c.labels[snapshots.LabelSnapshotUIDMapping]
 	_, gidMap := c.labels[snapshots.LabelSnapshotGIDMapping]
 	if c.kind != snapshots.KindActive || len(chain) == 0 || chain[0].Form != formRemote ||
@@ -150,8 +151,13 @@ func (s *Snapshotter) formFor(c creation, chain []link) record {
 	switch base := chain[0].Remote.base(); {
 	case base.fs == block.Ext4:
 		return record{Form: formDisk, Disk: &diskInfo{Backing: base.name, Target: base.target, Layout: layoutRoot}}
-	case s.o.ScratchBlock != "":
-		return record{Form: formDisk, Disk: &diskInfo{Backing: s.o.ScratchBlock, Layout: layoutUpper}}
+	case s.o.WritableBytes > 0:
+		b, err := s.scratchFor(ctx, base.target)
+		if err == nil {
+			return record{Form: formDisk, Disk: &diskInfo{Backing: b.Name, Target: b.Target, Layout: layoutUpper}}
+		}
+		// It misses a limit on its size and nothing else.
+		s.log.Warn("no scratch block: a container over an erofs block writes to a directory", "snapshot", c.key, "target", base.target, "error", err)
 	}
 	return record{Form: formDirectory}
 }
@@ -168,7 +174,7 @@ func (s *Snapshotter) makeDir(ctx context.Context, c creation, own link, chain [
 		if err != nil {
 			return temp, err
 		}
-		return temp, s.makeDisk(ctx, filepath.Join(temp, diskFile), own.Disk)
+		return temp, nil
 	}
 	upper := filepath.Join(temp, "fs")
 	if err := os.Mkdir(upper, 0o755); err != nil {
@@ -208,42 +214,37 @@ func (s *Snapshotter) makeDir(ctx context.Context, c creation, own link, chain [
 	return temp, nil
 }
 
-// makeDisk makes the qcow2 file of a writable disk, as large as what it is over.
-func (s *Snapshotter) makeDisk(ctx context.Context, path string, info *diskInfo) error {
-	var sizeBytes int64
-	var err error
-	if info.Layout == layoutUpper {
-		sizeBytes, err = s.scratchSize(ctx)
-	} else {
-		var a imagemgmt.Attachment
-		a, err = s.o.Images.Stat(ctx, info.Backing) // it is up, as the parent
-		sizeBytes = a.Disk.SizeBytes
-	}
-	if err != nil {
-		return fmt.Errorf("size of block %s: %w", info.Backing, err)
-	}
-	if err := s.o.createDisk(path, info.Backing, sizeBytes); err != nil {
-		return fmt.Errorf("make writable disk over %s: %w", info.Backing, err)
-	}
-	return nil
+// scratchBlocks are those that image-mgmt named, by target.
+type scratchBlocks struct {
+	mu     sync.Mutex
+	blocks map[string]imagemgmt.Block // guarded by mu
 }
 
-// scratchSize is the size of a writable layer over the scratch block, which is asked
-// for once.
-func (s *Snapshotter) scratchSize(ctx context.Context) (int64, error) {
-	if s.o.WritableSizeBytes > 0 {
-		return s.o.WritableSizeBytes, nil
+// scratchFor is the block over which writable layers for images of target are made. Each
+// is asked for once.
+func (s *Snapshotter) scratchFor(ctx context.Context, target string) (imagemgmt.Block, error) {
+	s.scratch.mu.Lock()
+	b, ok := s.scratch.blocks[target]
+	s.scratch.mu.Unlock()
+	if ok {
+		return b, nil
 	}
-	if n := s.scratchBytes.Load(); n > 0 {
-		return n, nil
-	}
-	disk, err := s.o.Images.Attach(ctx, imagemgmt.Block{Name: s.o.ScratchBlock}, attachUser)
+	ctx, cancel := context.WithTimeoutCause(ctx, s.o.AttachTimeout, errTimeout)
+	defer cancel()
+	b, err := s.o.Images.EnsureScratch(ctx, target, s.o.WritableBytes)
 	if err != nil {
-		return 0, err
+		return imagemgmt.Block{}, err
 	}
-	s.scratchBytes.Store(disk.SizeBytes)
-	s.shared.settleLogged(s.blockMount(blockRef{name: s.o.ScratchBlock}))
-	return disk.SizeBytes, nil
+	if !validName(b.Name) {
+		return imagemgmt.Block{}, kind.Errorf(kind.Corrupt, "scratch block %.80q is not a block name", b.Name)
+	}
+	s.scratch.mu.Lock()
+	defer s.scratch.mu.Unlock()
+	if s.scratch.blocks == nil {
+		s.scratch.blocks = map[string]imagemgmt.Block{}
+	}
+	s.scratch.blocks[target] = b
+	return b, nil
 }
 
 // mappedRoot is the host's id of the root of the user namespace that labels
@@ -326,7 +327,7 @@ func (s *Snapshotter) commit(ctx context.Context, name, key string, opts []snaps
 	// what was written is in the file before the commit is recorded.
 	return s.shared.takeDown(ctx, d, func(ctx context.Context) error { return d.clean(ctx) }, func() error {
 		s.o.step("disk down")
-		usage, err := s.diskUsage(own.id)
+		usage, err := d.usage(ctx)
 		if err != nil {
 			return err
 		}

@@ -8,14 +8,13 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/node/imagemgmt"
 	"github.com/thaw-project/thaw/node/present"
-	"github.com/thaw-project/thaw/qcow2"
 )
 
 const (
@@ -24,19 +23,25 @@ const (
 	diskDir    = "rw" // mount point of a disk that this package mounts
 )
 
-// disk is the qcow2 file of snapshot id as a disk. What up makes of it depends on
+// disk is the writable layer of snapshot id as a disk. What up makes of it depends on
 // the record: a writable root file system is a block device for containerd to mount,
 // a writable upper directory is mounted by us, a committed disk is mounted read-only.
 type disk struct {
 	s       *Snapshotter
 	id      string
-	backing string
+	backing imagemgmt.Block
 }
 
 func (d disk) key() string    { return diskPrefix + d.id }
 func (d disk) diskID() string { return d.s.diskIDPrefix + d.id }
-func (d disk) path() string   { return filepath.Join(d.s.dir(d.id), diskFile) }
-func (d disk) mnt() string    { return filepath.Join(d.s.dir(d.id), diskDir) }
+
+// layer is what image-mgmt makes the disk of; where that is a file, it lies in the
+// snapshot's directory.
+func (d disk) layer() imagemgmt.Layer {
+	return imagemgmt.Layer{Block: d.backing, Path: filepath.Join(d.s.dir(d.id), diskFile)}
+}
+
+func (d disk) mnt() string { return filepath.Join(d.s.dir(d.id), diskDir) }
 
 func (d disk) record(ctx context.Context) (info diskInfo, err error) {
 	err = d.s.view(ctx, func(_ context.Context, r records) error {
@@ -57,7 +62,7 @@ func (d disk) up(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	shown, err := d.s.o.Images.AttachWritable(ctx, info.block(), d.path(), d.diskID())
+	shown, err := d.s.o.Images.AttachWritable(ctx, d.layer(), d.diskID())
 	if err != nil {
 		return "", fmt.Errorf("attach disk of snapshot %s: %w", d.id, err)
 	}
@@ -107,7 +112,7 @@ func (d disk) down(ctx context.Context) error {
 		return fmt.Errorf("snapshot %s: %w", d.id, err)
 	}
 	d.s.o.step("loop detached")
-	if err := d.s.o.Images.DetachWritable(ctx, d.backing, d.diskID()); err != nil {
+	if err := d.s.o.Images.DetachWritable(ctx, d.backing.Name, d.diskID()); err != nil {
 		return fmt.Errorf("detach disk of snapshot %s: %w", d.id, err)
 	}
 	d.s.o.step("disk detached")
@@ -177,11 +182,10 @@ func (s *Snapshotter) mountsOf(device string) (targets []string, err error) {
 // clean replays the journal that a crash may have left on the disk, by mounting it
 // once: a committed disk is mounted without replay.
 func (d disk) clean(ctx context.Context) error {
-	info, err := d.record(ctx)
-	if err != nil {
+	if _, err := d.record(ctx); err != nil {
 		return err
 	}
-	shown, err := d.s.o.Images.AttachWritable(ctx, info.block(), d.path(), d.diskID())
+	shown, err := d.s.o.Images.AttachWritable(ctx, d.layer(), d.diskID())
 	if err != nil {
 		return fmt.Errorf("attach disk of snapshot %s: %w", d.id, err)
 	}
@@ -224,34 +228,21 @@ func (d disk) intact(device string) bool {
 	return err == nil && filepath.Base(strings.TrimSpace(string(file))) == d.diskID()
 }
 
-func createDisk(path, backing string, sizeBytes int64) error {
-	// Lazy reference counts: one flush less per allocation; qcow2 repairs them after
-	// a crash.
-	return qcow2.Create(path, qcow2.CreateOptions{
-		SizeBytes: sizeBytes, BackingFile: backing, BackingFormat: "raw", LazyRefcounts: true,
-	})
+// remove deletes the layer of a disk that is down, and what is in it.
+func (d disk) remove(ctx context.Context) error {
+	if err := d.s.o.Images.DeleteWritable(ctx, d.layer(), d.diskID()); err != nil {
+		return fmt.Errorf("delete disk of snapshot %s: %w", d.id, err)
+	}
+	d.s.o.step("disk deleted")
+	return nil
 }
 
-// diskUsage is what the disk's files occupy; those inside are not counted, for that
-// would need a mount.
-func (s *Snapshotter) diskUsage(id string) (snapshots.Usage, error) {
-	entries, err := os.ReadDir(s.dir(id))
+// usage is what the layer occupies; the files in it are not counted, for that would need a
+// mount.
+func (d disk) usage(ctx context.Context) (snapshots.Usage, error) {
+	w, err := d.s.o.Images.StatWritable(ctx, d.layer(), d.diskID())
 	if err != nil {
-		return snapshots.Usage{}, fmt.Errorf("usage of snapshot %s: %w", id, err)
+		return snapshots.Usage{}, fmt.Errorf("usage of snapshot %s: %w", d.id, err)
 	}
-	var u snapshots.Usage
-	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), diskFile) {
-			continue
-		}
-		info, err := e.Info()
-		if err != nil {
-			return snapshots.Usage{}, fmt.Errorf("usage of snapshot %s: %w", id, err)
-		}
-		if st, ok := info.Sys().(*syscall.Stat_t); ok {
-			u.Inodes++
-			u.Size += st.Blocks * 512
-		}
-	}
-	return u, nil
+	return snapshots.Usage{Size: w.AllocatedBytes, Inodes: w.Files}, nil
 }

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -222,13 +223,10 @@ func (s *fakeStorage) List(context.Context) (all []imagemgmt.Attachment, err err
 	return all, nil
 }
 
-func (s *fakeStorage) AttachWritable(_ context.Context, b imagemgmt.Block, path, id string) (present.Disk, error) {
-	block := b.Name
+func (s *fakeStorage) AttachWritable(_ context.Context, l imagemgmt.Layer, id string) (present.Disk, error) {
+	block, path := l.Block.Name, l.Path
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, err := os.Stat(path); err != nil {
-		return present.Disk{}, err
-	}
 	raw := path + ".raw"
 	if _, err := os.Stat(raw); err != nil {
 		// Under another name until complete: this process may be killed.
@@ -253,10 +251,47 @@ func (s *fakeStorage) AttachWritable(_ context.Context, b imagemgmt.Block, path,
 func (s *fakeStorage) DetachWritable(_ context.Context, block, id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.detachWritable(block, id)
+}
+
+func (s *fakeStorage) detachWritable(block, id string) error {
 	if err := s.withdraw(id); err != nil {
 		return err
 	}
 	return s.release(block, id)
+}
+
+func (s *fakeStorage) DeleteWritable(_ context.Context, l imagemgmt.Layer, id string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.detachWritable(l.Block.Name, id); err != nil {
+		return err
+	}
+	for _, f := range []string{l.Path + ".raw", l.Path + ".raw.new"} {
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *fakeStorage) StatWritable(_ context.Context, l imagemgmt.Layer, id string) (w imagemgmt.Writable, err error) {
+	info, err := os.Stat(l.Path + ".raw")
+	if errors.Is(err, fs.ErrNotExist) {
+		return w, nil
+	}
+	if err != nil {
+		return w, err
+	}
+	return imagemgmt.Writable{AllocatedBytes: info.Sys().(*syscall.Stat_t).Blocks * 512, Files: 1}, nil
+}
+
+func (s *fakeStorage) EnsureScratch(context.Context, string, int64) (imagemgmt.Block, error) {
+	return imagemgmt.Block{Name: scratchBlock}, nil
+}
+
+func (s *fakeStorage) Prefetch(context.Context, string, []imagemgmt.Range, func(int64)) error {
+	return kind.Errorf(kind.Unsupported, "nothing is kept")
 }
 
 // lab is a snapshotter over a storage, in a directory of its own.
@@ -312,11 +347,8 @@ func shortDir(t testing.TB) string {
 func labOptions(dir string, st imagemgmt.Service) Options {
 	return Options{
 		Root: filepath.Join(dir, "snapshotter"), MountDir: filepath.Join(dir, "mnt"),
-		Images: st, Targets: []string{"local"}, ScratchBlock: scratchBlock,
+		Images: st, Targets: []string{"local"}, WritableBytes: 1 << 20,
 		linger: time.Nanosecond, patience: time.Hour,
-		createDisk: func(path, _ string, sizeBytes int64) error {
-			return os.WriteFile(path, fmt.Appendf(nil, "%d", sizeBytes), 0o600)
-		},
 	}
 }
 

@@ -69,7 +69,7 @@ func (s *Snapshotter) stack(id string, chain []link) stack {
 	return st
 }
 
-func (s *Snapshotter) disk(l link) disk { return disk{s, l.id, l.Disk.Backing} }
+func (s *Snapshotter) disk(l link) disk { return disk{s, l.id, l.Disk.block()} }
 
 func (st stack) uses() []string {
 	var keys []string

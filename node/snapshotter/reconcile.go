@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"strings"
+
+	"github.com/thaw-project/thaw/node/imagemgmt"
 )
 
 // reconcile finishes what an earlier process left half done. It brings nothing up:
@@ -87,10 +89,10 @@ func (s *Snapshotter) reconcileAttachments(ctx context.Context, needed, disks ma
 			case ours && !disks[id] && validName(id):
 				// Its record is gone: at most a process died before it recorded the
 				// snapshot at all.
-				errs = append(errs, s.settleInTime(ctx, disk{s, id, a.Block}))
+				errs = append(errs, s.settleInTime(ctx, disk{s, id, imagemgmt.Block{Name: a.Block}}))
 			case ours && disks[id] && !needed[diskPrefix+id]:
 				// A committed disk without children.
-				errs = append(errs, s.settleInTime(ctx, disk{s, id, a.Block}))
+				errs = append(errs, s.settleInTime(ctx, disk{s, id, imagemgmt.Block{Name: a.Block}}))
 			}
 		}
 	}

@@ -52,7 +52,7 @@ type form string
 const (
 	formDirectory form = "directory" // fs and work directories
 	formRemote    form = "remote"    // blocks, nothing of its own
-	formDisk      form = "disk"      // rw.qcow2
+	formDisk      form = "disk"      // a writable layer of image-mgmt
 )
 
 // diskLayout says what the file system on a writable disk holds.

@@ -101,7 +101,8 @@ func (s *Snapshotter) cleanUpLogged(ctx context.Context, gone link) {
 func (s *Snapshotter) cleanUp(ctx context.Context, gone link) error {
 	if gone.Form == formDisk {
 		nothing := func(context.Context) error { return nil }
-		if err := s.shared.takeDown(ctx, s.disk(gone), nothing, func() error { return nil }); err != nil {
+		d := s.disk(gone)
+		if err := s.shared.takeDown(ctx, d, nothing, func() error { return d.remove(ctx) }); err != nil {
 			return err
 		}
 	}

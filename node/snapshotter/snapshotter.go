@@ -19,7 +19,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -31,6 +30,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/imagemgmt"
 )
@@ -54,13 +54,10 @@ type Options struct {
 	// LeafHold is how long an image's leaf block stays attached after the last
 	// remote Prepare while its top layer is not committed yet, 10 min if 0.
 	LeafHold time.Duration
-	// ScratchBlock names a block with an empty ext4, over which the writable layer
-	// of a container on an EROFS block in mode overlaybd is made. Without it such
-	// containers write to a directory.
-	ScratchBlock string
-	// WritableSizeBytes is the size of that writable layer, 0 takes the scratch
-	// block's.
-	WritableSizeBytes int64
+	// WritableBytes is the size of the writable layer of a container on an EROFS block in
+	// mode overlaybd, which is a disk with an ext4. When it is 0, or image-mgmt has no scratch
+	// block for it, such containers write to a directory.
+	WritableBytes int64
 	// AsyncRemove leaves the cleaning up after a Remove to Cleanup.
 	AsyncRemove bool
 	// MountOptions are appended to the options of every overlay.
@@ -71,8 +68,6 @@ type Options struct {
 
 	// step is called at each point where a test may kill the process.
 	step func(string)
-	// createDisk makes an empty qcow2 file; tests stand in for qcow2.Create.
-	createDisk func(path, backing string, sizeBytes int64) error
 	// patience is how often the janitor looks, and linger how long an unused block
 	// stays mounted after a commit.
 	patience, linger time.Duration
@@ -89,10 +84,7 @@ func (o *Options) ensureDefaults() {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if o.step == nil {
-		o.step = func(string) {}
-	}
-	if o.createDisk == nil {
-		o.createDisk = createDisk
+		o.step = func(name string) { failpoint.Reach("snapshotter: " + name) }
 	}
 	if o.patience == 0 {
 		o.patience = 30 * time.Second
@@ -112,11 +104,8 @@ func (o *Options) validate() error {
 	if o.Images == nil {
 		return kind.Errorf(kind.Invalid, "snapshotter without image-mgmt")
 	}
-	if o.ScratchBlock != "" && !validName(o.ScratchBlock) {
-		return kind.Errorf(kind.Invalid, "scratch block %.80q is not a block name", o.ScratchBlock)
-	}
-	if o.WritableSizeBytes < 0 || o.WritableSizeBytes%512 != 0 {
-		return kind.Errorf(kind.Invalid, "writable size of %d bytes: must be a multiple of 512", o.WritableSizeBytes)
+	if o.WritableBytes < 0 || o.WritableBytes%512 != 0 {
+		return kind.Errorf(kind.Invalid, "writable size of %d bytes: must be a multiple of 512", o.WritableBytes)
 	}
 	return nil
 }
@@ -133,7 +122,7 @@ type Snapshotter struct {
 	seen    seenLayers
 
 	overlayOptions []string
-	scratchBytes   atomic.Int64 // size of the scratch block, 0 when not known yet
+	scratch        scratchBlocks
 	// diskIDPrefix begins the ids under which image-mgmt knows this snapshotter's
 	// writable disks.
 	diskIDPrefix string
@@ -295,7 +284,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 		return usage, toErrdefs(err)
 	}
 	if own.Form == formDisk {
-		usage, err = s.diskUsage(own.id)
+		usage, err = s.disk(own).usage(ctx)
 		return usage, toErrdefs(err)
 	}
 	du, err := fs.DiskUsage(ctx, s.upperDir(own.id))
