@@ -94,7 +94,14 @@ func targetState(ctx context.Context, prefix string, client *spdk.Client) (state
 				}
 			}
 		}),
-		call("bdev_nvme_get_controllers", nil, name("controller", "name"), nil),
+		call("bdev_nvme_get_controllers", nil, name("controller", "name"), func(o object) {
+			paths, _ := o["ctrlrs"].([]any)
+			for _, p := range paths {
+				if p, ok := p.(object); ok {
+					delete(p, "cntlid") // of the connection
+				}
+			}
+		}),
 	)
 	var methods []string
 	if err == nil {
@@ -153,7 +160,7 @@ func databaseState(prefix, path, scratch string) (state, error) {
 					maps := []object{o}
 					for len(maps) > 0 {
 						for field, x := range maps[0] {
-							if strings.Contains(field, "created") || strings.Contains(field, "completed") || field == "id" && string(bucket) == "attachments" {
+							if random := field == "attachment" || field == "free" || field == "id" && string(bucket) == "attachments"; random || strings.Contains(field, "created") || strings.Contains(field, "completed") {
 								delete(maps[0], field)
 							} else if inner, ok := x.(object); ok {
 								maps = append(maps, inner)

@@ -270,10 +270,15 @@ func (a *attach) check(ctx context.Context) error {
 	if have != a.sum {
 		return fmt.Errorf("the block reads as %s, before as %s", have, a.sum)
 	}
-	if a.storage != nil {
-		return a.storage.untouched()
+	return a.untouched()
+}
+
+// untouched reads what belongs to somebody else.
+func (s *store) untouched() error {
+	if s.storage == nil {
+		return nil
 	}
-	return nil
+	return s.storage.untouched()
 }
 
 // TestAttachEmbedded kills a store with a pool of its own.
@@ -349,10 +354,7 @@ func (v *conversion) check(ctx context.Context) error {
 	if have != v.sum {
 		return fmt.Errorf("the image reads as %s, before as %s", have, v.sum)
 	}
-	if v.storage != nil {
-		return v.storage.untouched()
-	}
-	return nil
+	return v.untouched()
 }
 
 // TestConvertEmbedded kills converter and attacher.
