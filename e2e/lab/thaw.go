@@ -41,6 +41,7 @@ type Thaw struct {
 	config    string // path of its configuration file, empty without
 	network   []string
 	storeOnly bool
+	parts     []*Part
 }
 
 // ThawOptions say how a thaw server runs.
@@ -53,6 +54,11 @@ type ThawOptions struct {
 	Args    []string
 	// Config, when set, is the text of a configuration file.
 	Config string
+	// Parts, when set, are the processes that it runs in, in the order in which they are
+	// started, of "attacher", "image-mgmt" and "snapshotter". Process is that of the last. Before
+	// is for each what PartBefore has for it.
+	Parts      []string
+	PartBefore map[string][]string
 	// StoreOnly means that by Config it has no snapshotter, NodeOnly no store.
 	StoreOnly, NodeOnly bool
 }
@@ -91,6 +97,13 @@ func (l *Lab) StartThawWith(ctx context.Context, o ThawOptions) (*Thaw, error) {
 		t.args = append(t.args, "--config", t.config)
 	}
 	t.args = append(t.args, o.Args...)
+	for _, part := range o.Parts {
+		args := append(slices.Concat(o.Network, o.PartBefore[part]), program, part, "--root", t.Root, "--run", t.Run)
+		if t.config != "" {
+			args = append(args, "--config", t.config)
+		}
+		t.parts = append(t.parts, &Part{Name: part, thaw: t, args: args})
+	}
 	if err := t.Start(ctx); err != nil {
 		return nil, err
 	}
@@ -110,6 +123,14 @@ func (t *Thaw) Start(ctx context.Context) error {
 
 // Launch starts the server on its folders and does not wait.
 func (t *Thaw) Launch() (err error) {
+	for _, p := range t.parts {
+		if err := p.Launch(); err != nil {
+			return err
+		}
+	}
+	if len(t.parts) > 0 {
+		return nil
+	}
 	t.Process, err = t.lab.Start(Spec{Name: t.name, Args: t.args, Env: t.env})
 	return err
 }
@@ -241,6 +262,11 @@ func (t *Thaw) KeeperPids() []int { return t.lab.Pids("thaw keeper --socket " + 
 func (t *Thaw) Shutdown(ctx context.Context) error {
 	if err := t.Process.Stop(); err != nil {
 		return err
+	}
+	for i := len(t.parts) - 1; i >= 0; i-- {
+		if err := t.parts[i].Stop(); err != nil {
+			return err
+		}
 	}
 	return t.Teardown(ctx)
 }
