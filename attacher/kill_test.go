@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -24,6 +25,7 @@ import (
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/attacher"
+	"github.com/thaw-project/thaw/attacher/export"
 	"github.com/thaw-project/thaw/attacher/rpc"
 	"github.com/thaw-project/thaw/image/block"
 	"github.com/thaw-project/thaw/keeper"
@@ -31,6 +33,7 @@ import (
 	"github.com/thaw-project/thaw/lvol"
 	"github.com/thaw-project/thaw/node/present"
 	"github.com/thaw-project/thaw/node/present/fuse"
+	"github.com/thaw-project/thaw/nvme/host"
 	"github.com/thaw-project/thaw/target/bdev"
 )
 
@@ -39,6 +42,9 @@ const (
 	keeperArg = "test-keeper"
 	serverArg = "test-server"
 )
+
+// portalFile is where the server's directory says at which address it exports, if it does.
+const portalFile = "portal"
 
 func childMain() {
 	if len(os.Args) != 3 {
@@ -96,9 +102,24 @@ func serve(dir string) error {
 	if err != nil {
 		return err
 	}
-	a, err := attacher.New(attacher.Options{
+	o := attacher.Options{
 		Lvols: d.store, Presenter: d.presenter, DBPath: filepath.Join(dir, "attacher.db"), Target: "here", HoldGrace: 5 * time.Second,
-	})
+	}
+	if portal, err := os.ReadFile(filepath.Join(dir, portalFile)); err == nil {
+		if o.Exporter, err = export.New(export.Options{
+			Store: d.store.Stat().UUID, Portals: []string{string(portal)},
+			Open: func(name string, readOnly bool) (bdev.Device, uuid.UUID, error) {
+				v, err := d.store.OpenLvol(name, readOnly)
+				if err != nil {
+					return nil, uuid.UUID{}, err
+				}
+				return v, uuid.MustParse(v.UUID()), nil
+			},
+		}); err != nil {
+			return err
+		}
+	}
+	a, err := attacher.New(o)
 	if err != nil {
 		return err
 	}
@@ -109,7 +130,9 @@ func serve(dir string) error {
 		return err
 	}
 	fmt.Println("ready")
-	return attacher.NewServer(a).Serve(listener)
+	server := attacher.NewServer(a)
+	attacherv1.RegisterNodeServer(server, a)
+	return server.Serve(listener)
 }
 
 func needFUSE(t testing.TB) string {
@@ -395,6 +418,221 @@ func TestServerKilledUnderConversions(t *testing.T) {
 	if len(disks) > 0 {
 		t.Errorf("disks %v are left", disks)
 	}
+	d.finish(t)
+}
+
+// killedNode attaches, writes and reads over NVMe/TCP while the server is killed under it.
+type killedNode struct {
+	attacherv1.NodeClient
+	converter *killedConverter
+	name      string
+}
+
+// disk connects to what a says and opens it.
+func (n *killedNode) disk(a *attacherv1.Attachment) (*host.Host, *host.Device, error) {
+	id, err := uuid.Parse(a.GetHostId())
+	if err != nil {
+		return nil, nil, err
+	}
+	p := a.GetPortals()[0]
+	config := host.Config{
+		Portals: []string{net.JoinHostPort(p.GetAddress(), p.GetService())}, SubNQN: a.GetSubsystemNqn(), HostNQN: a.GetHostNqn(), HostID: id,
+		KeepAlive: time.Second, ReconnectMax: 100 * time.Millisecond, LossTimeout: 30 * time.Second,
+		Quiesce: -1, // the target that may have had a write is dead
+	}
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		h, err := host.Connect(ctx, config)
+		if err == nil {
+			d, oerr := h.OpenUUID(uuid.MustParse(a.GetUuid()))
+			if oerr == nil {
+				return h, d, nil
+			}
+			h.Close()
+			err = oerr
+		}
+		if time.Now().After(deadline) {
+			return nil, nil, fmt.Errorf("connect to %s: %w", a.GetSubsystemNqn(), err)
+		}
+	}
+}
+
+// with attaches a disk, has f use it and disconnects.
+func (n *killedNode) with(a *attacherv1.Attachment, err error, f func(*host.Device) error) error {
+	if err != nil {
+		return err
+	}
+	h, d, err := n.disk(a)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	return f(d)
+}
+
+func readBack(d *host.Device, want []byte, off int64) error {
+	got := make([]byte, len(want))
+	if _, err := d.ReadAt(got, off); err != nil {
+		return err
+	}
+	if !bytes.Equal(got, want) {
+		return fmt.Errorf("read %.16q at %d, want %.16q", got, off, want)
+	}
+	return nil
+}
+
+// layer writes to a layer over a block that holds below, detaches it, finds it again and
+// deletes it.
+func (n *killedNode) layer(block, id string, below, data []byte) error {
+	x, err := n.AttachWritable(ctx, &attacherv1.AttachWritableRequest{Node: n.name, Block: block, Id: id})
+	if err := n.with(x, err, func(d *host.Device) error {
+		if err := readBack(d, below, 0); err != nil {
+			return err
+		}
+		if _, err := d.WriteAt(data, 0); err != nil {
+			return err
+		}
+		return d.Flush()
+	}); err != nil {
+		return fmt.Errorf("layer %s: %w", id, err)
+	}
+	if _, err := n.DetachWritable(ctx, &attacherv1.DetachWritableRequest{Node: n.name, Id: id, AttachmentId: x.GetAttachmentId()}); err != nil {
+		return err
+	}
+	x, err = n.AttachWritable(ctx, &attacherv1.AttachWritableRequest{Node: n.name, Block: block, Id: id})
+	if err := n.with(x, err, func(d *host.Device) error { return readBack(d, data, 0) }); err != nil {
+		return fmt.Errorf("layer %s, again: %w", id, err)
+	}
+	_, err = n.DeleteWritable(ctx, &attacherv1.DeleteWritableRequest{Node: n.name, Id: id, AttachmentId: x.GetAttachmentId()})
+	return err
+}
+
+// convert makes a block over an export to this node, and reads it as an attachment.
+func (n *killedNode) convert(number int) error {
+	c := n.converter
+	name, work := blockName(block.Global, c.id*1000+number), fmt.Sprintf("work-%d-%d", c.id, number)
+	if _, err := c.CreateLvol(ctx, &attacherv1.CreateLvolRequest{Name: work, SizeBytes: size, Owner: c.owner}); err != nil {
+		return err
+	}
+	x, err := c.Export(ctx, &attacherv1.ExportRequest{Lvol: work, Owner: c.owner, Node: n.name})
+	if err := n.with(x.GetAttachment(), err, func(d *host.Device) error {
+		if _, err := d.WriteAt(c.fill(number), 0); err != nil {
+			return err
+		}
+		return d.Flush()
+	}); err != nil {
+		return fmt.Errorf("export of %s: %w", work, err)
+	}
+	if _, err := c.SnapshotLvol(ctx, &attacherv1.SnapshotLvolRequest{Lvol: work, Snapshot: name}); err != nil {
+		return err
+	}
+	if _, err := c.Unexport(ctx, &attacherv1.UnexportRequest{Lvol: work, Owner: c.owner}); err != nil {
+		return err
+	}
+	if _, err := c.DeleteLvol(ctx, &attacherv1.DeleteLvolRequest{Name: work}); err != nil {
+		return err
+	}
+	a, err := n.AttachBlock(ctx, &attacherv1.AttachBlockRequest{Node: n.name, Block: name})
+	if err := n.with(a, err, func(d *host.Device) error { return readBack(d, c.fill(number), 0) }); err != nil {
+		return fmt.Errorf("block %s: %w", name, err)
+	}
+	if err := n.layer(name, fmt.Sprintf("c%d", number), c.fill(number), bytes.Repeat([]byte{byte(number)}, 64<<10)); err != nil {
+		return err
+	}
+	_, err = n.DetachBlock(ctx, &attacherv1.DetachBlockRequest{Node: n.name, Block: name, AttachmentId: a.GetAttachmentId()})
+	return err
+}
+
+// TestServerKilledUnderNodes kills the server with SIGKILL again and again while nodes
+// convert over exports, attach, write and delete: none may see an error or other data, and in
+// the end nothing is left.
+func TestServerKilledUnderNodes(t *testing.T) {
+	dir := needFUSE(t)
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	kills, nodes := 12, 2
+	if testing.Short() {
+		kills = 3
+	}
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(dir, portalFile), []byte(free.Addr().String()), 0o600))
+	must(t, free.Close())
+	s := startServer(t, dir)
+	defer func() { s.kill() }()
+
+	running, stop := context.WithCancel(ctx)
+	defer stop()
+	hold, endHolds := context.WithCancel(ctx)
+	defer endHolds()
+	var wg, holds sync.WaitGroup
+	rounds := make([]int, nodes)
+	for id := range nodes {
+		conn, err := grpc.NewClient("unix:"+filepath.Join(dir, "thaw.sock"), append(rpc.DialOptions(), grpc.WithChainUnaryInterceptor(outlast))...)
+		must(t, err)
+		defer conn.Close()
+		c := &killedConverter{AttacherClient: attacherv1.NewAttacherClient(conn), t: t, id: id + 1, owner: fmt.Sprintf("c%d", id)}
+		n := &killedNode{NodeClient: attacherv1.NewNodeClient(conn), converter: c, name: fmt.Sprintf("n%d", id)}
+		held := make(chan struct{}, 1)
+		holds.Go(func() {
+			c.keepHold(hold, func() {
+				select {
+				case held <- struct{}{}:
+				default:
+				}
+			})
+		})
+		<-held
+		wg.Go(func() {
+			for ; running.Err() == nil; rounds[id]++ {
+				if err := n.convert(rounds[id]); err != nil {
+					t.Errorf("node %s: %v", n.name, err)
+					return
+				}
+			}
+		})
+	}
+	for range kills {
+		time.Sleep(time.Duration(rng.IntN(150)) * time.Millisecond)
+		s.kill()
+		s = startServer(t, dir)
+	}
+	stop()
+	wg.Wait()
+	t.Logf("%d kills, conversions %v", kills, rounds)
+	if slices.Contains(rounds, 0) {
+		t.Fatal("a node did not finish a single block")
+	}
+
+	conn, err := rpc.Dial(filepath.Join(dir, "thaw.sock"))
+	must(t, err)
+	defer conn.Close()
+	client := attacherv1.NewAttacherClient(conn)
+	// One that is killed together with the server leaves its export to the grace.
+	_, err = client.CreateLvol(ctx, &attacherv1.CreateLvolRequest{Name: "work-left", SizeBytes: size, Owner: "c0"})
+	must(t, err)
+	_, err = client.Export(ctx, &attacherv1.ExportRequest{Lvol: "work-left", Owner: "c0", Node: "n0"})
+	must(t, err)
+	s.kill()
+	endHolds()
+	holds.Wait()
+	s = startServer(t, dir)
+	_, err = client.PruneBlocks(ctx, &attacherv1.PruneBlocksRequest{}, grpc.WaitForReady(true))
+	must(t, err)
+	l := &lab{TB: t, AttacherClient: client}
+	for deadline := time.Now().Add(20 * time.Second); len(l.names()) > 0; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("lvols %q are left", l.names())
+		}
+	}
+	list, err := attacherv1.NewNodeClient(conn).ListAttachments(ctx, &attacherv1.ListAttachmentsRequest{})
+	if err != nil || len(list.GetAttachments()) > 0 {
+		t.Fatalf("attachments %v are left, %v", list, err)
+	}
+	l.wantClean()
+	s.kill()
+	d, err := openData(dir)
+	must(t, err)
 	d.finish(t)
 }
 
