@@ -323,6 +323,10 @@ func (b *Bridge) ListLvols(ctx context.Context, r *lvolv1.ListLvolsRequest) (*lv
 	} else if err := checkName(store); err != nil {
 		return nil, err
 	}
+	// What an lvstore that is being loaded does not have yet is not missing.
+	if err := b.spdk.BdevWaitForExamine(ctx); err != nil {
+		return nil, err
+	}
 	all, err := b.lvolsOf(ctx, store)
 	if err != nil {
 		return nil, err
