@@ -362,7 +362,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 func TestDamagedRecordIsRefused(t *testing.T) {
 	for bucket, value := range map[string]string{
 		"work": `{"owner":`, "exports": `[]`, "blocks": `{"completed":"x"}`, "removals": `{"unknown":1}`, "renames": `{} {}`,
-		"attachments": `{"nsid":0}`,
+		"attachments": `{"nsid":0}`, "writables": `{"block":""}`,
 	} {
 		h := newHost(t)
 		a := h.start(time.Hour)
@@ -403,6 +403,47 @@ func TestGoldenVersion1(t *testing.T) {
 		if _, ok, err := lookup[map[string]any](a.db, []byte(bucket), key); !ok || err != nil {
 			t.Fatalf("record %s/%s: %v, %v", bucket, key, ok, err)
 		}
+	}
+}
+
+// A database of format version 2, whose attachments have no ids.
+func TestGoldenVersion2(t *testing.T) {
+	raw, err := os.ReadFile("testdata/v2.db")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, l := exporting(t)
+	if err := os.WriteFile(h.db, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"w", soldier} {
+		if _, err := h.store.Create(name, 64<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ids := make(map[string]bool)
+	for range 2 { // the second time it is of version 3
+		a := h.start(time.Hour)
+		if got := l.list(); len(got) != 2 || got["n "+soldier] != 7 || got["m "+soldier] != 1 {
+			t.Fatalf("shown are %v", got)
+		}
+		r, err := a.ListAttachments(background, &attacherv1.ListAttachmentsRequest{})
+		if err != nil || len(r.GetAttachments()) != 2 {
+			t.Fatal(r, err)
+		}
+		for _, x := range r.GetAttachments() {
+			if x.GetAttachmentId() == "" || x.GetTransport() != TransportTCP || x.GetCreatedUnixNanos() < 1700000000e9 {
+				t.Fatalf("%v", x)
+			}
+			ids[x.GetAttachmentId()] = true
+		}
+		if !a.alive("c") || a.attachedBy(soldier) != "m" {
+			t.Fatal("what it knew is forgotten")
+		}
+		a.Close()
+	}
+	if len(ids) != 2 {
+		t.Fatalf("%v: an id changes", ids)
 	}
 }
 
