@@ -22,7 +22,7 @@ import (
 )
 
 // Programs are what a cluster needs in the path.
-var Programs = []string{"ceph-mon", "ceph-osd", "ceph", "rbd", "monmaptool", "ceph-authtool"}
+var Programs = []string{"ceph-mon", "ceph-mgr", "ceph-osd", "ceph", "rbd", "monmaptool", "ceph-authtool"}
 
 const (
 	// startTimeout bounds each wait for a daemon: on a busy machine with two cores the
@@ -119,6 +119,9 @@ func (c *Cluster) start(ctx context.Context, o Options) error {
 			return err
 		}
 	}
+	if err := c.startManager(ctx, o); err != nil {
+		return err
+	}
 	if err := c.run(ctx, "ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd, "-c", c.Config); err != nil {
 		return err
 	}
@@ -139,12 +142,53 @@ func (c *Cluster) start(ctx context.Context, o Options) error {
 			return err
 		}
 	}
-	return nil
+	// Until the manager has heard of the OSD, there is no free space.
+	return c.until(ctx, c.osd, func() error {
+		out, err := c.Ceph(ctx, "df", "-f", "json")
+		if err != nil {
+			return err
+		}
+		var df struct {
+			Pools []struct {
+				Stats struct {
+					MaxAvail int64 `json:"max_avail"`
+				} `json:"stats"`
+			} `json:"pools"`
+		}
+		if err := json.Unmarshal(out, &df); err != nil {
+			return err
+		}
+		if len(df.Pools) < len(o.Pools) {
+			return fmt.Errorf("the manager knows %d pools of %d", len(df.Pools), len(o.Pools))
+		}
+		for _, p := range df.Pools {
+			if p.Stats.MaxAvail <= 0 {
+				return errors.New("the manager knows of no free space")
+			}
+		}
+		return nil
+	})
+}
+
+// startManager starts what counts the pools' space. It loads no modules but those that it
+// cannot do without.
+func (c *Cluster) startManager(ctx context.Context, o Options) error {
+	if o.Auth {
+		out, err := c.Ceph(ctx, "auth", "get-or-create", "mgr.x", "mon", "allow profile mgr", "osd", "allow *")
+		if err == nil {
+			err = os.WriteFile(filepath.Join(c.dir, "mgr", "keyring"), out, 0o600)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	_, err := c.daemon("ceph-mgr", "x")
+	return err
 }
 
 // configure writes what the daemons read and returns the monitor's addresses.
 func (c *Cluster) configure(o Options) (string, error) {
-	for _, d := range []string{"mon", "osd"} {
+	for _, d := range []string{"mon", "mgr", "osd"} {
 		if err := os.Mkdir(filepath.Join(c.dir, d), 0o700); err != nil {
 			return "", err
 		}
@@ -184,7 +228,14 @@ osd heartbeat grace = 5
 [mon]
 mon data = %[4]s/mon
 mon cluster log file = %[4]s/cluster.log
+[mgr]
+mgr data = %[4]s/mgr
+keyring = %[4]s/mgr/keyring
+mgr initial modules =
+mgr stats period = 1
 [osd]
+osd mgr report interval = 1
+mgr stats period = 1
 osd data = %[4]s/osd
 keyring = %[4]s/osd/keyring
 osd objectstore = bluestore

@@ -1,0 +1,41 @@
+//go:build !ceph
+
+package rbd
+
+import (
+	"context"
+
+	"github.com/thaw-project/thaw/attacher"
+	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/target/bdev"
+)
+
+// Present tells whether this build has Ceph.
+const Present = false
+
+func absent() error {
+	return kind.Errorf(kind.Unsupported, "this build has no Ceph: build with 'make ceph', or with -tags ceph and CGO_ENABLED=1")
+}
+
+// Backend exists in builds with Ceph only.
+type Backend struct{ attacher.Backend }
+
+// New returns kind.Unsupported.
+func New(context.Context, Options) (*Backend, error) { return nil, absent() }
+
+// Exporter returns kind.Unsupported.
+func (*Backend) Exporter() (attacher.Exporter, error) { return nil, absent() }
+
+// Opener exists in builds with Ceph only.
+type Opener struct{}
+
+// NewOpener returns kind.Unsupported.
+func NewOpener(context.Context, Options) (*Opener, error) { return nil, absent() }
+
+// Open returns kind.Unsupported.
+func (*Opener) Open(context.Context, attacher.RBDImage, bool) (bdev.Device, error) {
+	return nil, absent()
+}
+
+// Close does nothing.
+func (*Opener) Close() error { return nil }

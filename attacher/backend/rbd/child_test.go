@@ -1,0 +1,5 @@
+//go:build ceph
+
+package rbd_test
+
+func childMain() bool { return false }

@@ -1,0 +1,3 @@
+//go:build ceph
+
+package rbd
