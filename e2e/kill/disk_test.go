@@ -73,6 +73,11 @@ func (s *storage) lvstore(ctx context.Context) error {
 	if _, err := s.target.BdevLvolCreateLvstore(ctx, spdk.LvolStoreCreateParams{BdevName: "base", Name: lvstoreName, ClusterSizeBytes: clusterBytes}); err != nil {
 		return err
 	}
+	return s.foreignLvol(ctx)
+}
+
+// foreignLvol makes somebody's lvol in the lvstore.
+func (s *storage) foreignLvol(ctx context.Context) error {
 	_, err := s.target.BdevLvolCreate(ctx, spdk.LvolCreateParams{Name: foreignLvol, SizeMiB: 1, ThinProvision: true, StoreName: lvstoreName})
 	return err
 }

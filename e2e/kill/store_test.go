@@ -66,9 +66,6 @@ func newStore(t *testing.T, b backend) (*chain, *store) {
 		text += fmt.Sprintf("[pool]\ncapacity = \"1GiB\"\n[export]\nnvme_tcp = [\"127.0.0.1:%s\"]\n", s.port)
 	} else {
 		s.storage = newStorage(c, "", nil, nil)
-		if err := s.storage.lvstore(t.Context()); err != nil {
-			t.Fatal(err)
-		}
 		s.port = s.storage.port
 		text += fmt.Sprintf("[pool]\nbackend = \"spdk\"\n[pool.spdk]\nbridge = %q\nlvstore = %q\naio = %q\nportals = [\"tcp://127.0.0.1:%s\"]\n",
 			s.storage.bridge, lvstoreName, s.storage.aio, s.port)
@@ -78,6 +75,11 @@ func newStore(t *testing.T, b backend) (*chain, *store) {
 	}
 	socket := filepath.Join(s.dir, "run", "attacher.sock")
 	c.add(&member{name: "attacher", socket: socket, args: append([]string{"attacher"}, s.place()...)})
+	if s.storage != nil { // the attacher has made the lvstore
+		if err := s.storage.foreignLvol(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
 	var err error
 	if s.conn, err = rpc.Dial(socket); err != nil {
 		t.Fatal(err)
