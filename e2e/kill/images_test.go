@@ -1,0 +1,143 @@
+package kill
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	imagemgmtv1 "github.com/thaw-project/thaw/api/imagemgmt/v1"
+	"github.com/thaw-project/thaw/attacher/rpc"
+)
+
+const user = "container-1"
+
+// images is image-mgmt on a chain.
+type images struct {
+	*store
+	dir string
+	api imagemgmtv1.ImageManagementClient
+}
+
+// newImages adds image-mgmt, whose configuration has more.
+func newImages(s *store, more string) *images {
+	c := s.c
+	c.t.Helper()
+	i := &images{store: s, dir: c.path("i")}
+	config := c.path("i.toml")
+	text := fmt.Sprintf("roles = [\"images\"]\nnode = %q\n[[remote]]\nname = %q\nattacher = %q\n%s",
+		nodeName, storeName, filepath.Join(s.dir, "run", "attacher.sock"), more)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		c.t.Fatal(err)
+	}
+	socket := filepath.Join(i.dir, "run", "image-mgmt.sock")
+	c.add(&member{name: "image-mgmt", socket: socket,
+		args: []string{"image-mgmt", "--config", config, "--root", filepath.Join(i.dir, "root"), "--run", filepath.Join(i.dir, "run")}})
+	conn, err := rpc.Dial(socket)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() { conn.Close() })
+	i.api = imagemgmtv1.NewImageManagementClient(conn)
+	return i
+}
+
+// add is what image-mgmt has.
+func (i *images) add(ctx context.Context, all state) error {
+	list, err := i.api.List(ctx, &imagemgmtv1.ListRequest{})
+	if err != nil {
+		return err
+	}
+	for _, a := range list.GetAttachments() {
+		all["image-mgmt "+a.GetBlock()] = text(a)
+	}
+	for _, name := range []string{"imagemgmt.db", "remote.db"} {
+		db, err := databaseState(name+" ", filepath.Join(i.dir, "root", name), i.c.path(name+".copy"))
+		if err != nil {
+			return err
+		}
+		all.merge(db)
+	}
+	return nil
+}
+
+func (i *images) attach(ctx context.Context) (*imagemgmtv1.Disk, error) {
+	return i.api.Attach(ctx, &imagemgmtv1.AttachRequest{Block: &imagemgmtv1.Block{Target: storeName, Name: i.soldier()}, User: user})
+}
+
+func (i *images) do(ctx context.Context) error {
+	_, err := i.attach(ctx)
+	return err
+}
+
+func (i *images) undo(ctx context.Context) error {
+	_, err := i.api.Detach(ctx, &imagemgmtv1.DetachRequest{Block: i.soldier(), User: user})
+	return err
+}
+
+// shown is a subject: a block shown by image-mgmt on the machine that it runs on.
+type shown struct {
+	*images
+	once sync.Once
+	sum  string
+}
+
+func (s *shown) state(ctx context.Context) (state, error) {
+	all, err := s.store.state(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return all, s.images.add(ctx, all)
+}
+
+// check reads the disk through the kernel, and the block as a node.
+func (s *shown) check(ctx context.Context) error {
+	d, err := s.attach(ctx)
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(d.GetPath())
+	if err != nil {
+		return err
+	}
+	hash := sha256.New()
+	_, err = io.Copy(hash, f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	s.once.Do(func() {
+		var a *attacherv1.Attachment
+		if a, err = s.node.AttachBlock(ctx, &attacherv1.AttachBlockRequest{Block: s.soldier(), Node: nodeName}); err == nil {
+			s.sum, err = sum(ctx, a, "")
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if have := fmt.Sprintf("%x", hash.Sum(nil)); have != s.sum {
+		return fmt.Errorf("the disk reads as %s, the store's block as %s", have, cmp.Or(s.sum, "nothing"))
+	}
+	return s.untouched()
+}
+
+func newShown(t *testing.T, b backend) (*chain, subject) {
+	c, s := newStore(t, b)
+	return c, &shown{images: newImages(s, "[cache]\nenabled = false\n")}
+}
+
+// TestImagesEmbedded kills image-mgmt and a store with a pool of its own.
+func TestImagesEmbedded(t *testing.T) {
+	prove(t, 6, func(t *testing.T) (*chain, subject) { return newShown(t, embedded) })
+}
+
+// TestImages kills image-mgmt and the store's attacher, bridge and target.
+func TestImages(t *testing.T) {
+	prove(t, 30, func(t *testing.T) (*chain, subject) { return newShown(t, overSPDK) })
+}
