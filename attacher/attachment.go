@@ -244,6 +244,7 @@ func (a *Attacher) endAttachment(e Export) error {
 	if err := a.drop(string(attachmentKey(e.Node, e.Block)), attachmentsBucket); err != nil {
 		return err
 	}
+	a.step("detach: forgotten")
 	a.dropUse(e.Block, e.Node)
 	if last {
 		a.freeNSID(e.Node, e.NSID)

@@ -656,7 +656,9 @@ func (a *Attacher) withdraw(ctx context.Context, name string, wait time.Duration
 		}
 	}
 	a.step("withdraw: withdrawn")
-	return a.drop(name, exportsBucket)
+	err := a.drop(name, exportsBucket)
+	a.step("withdraw: forgotten")
+	return err
 }
 
 // withdrawFrom takes an export away from a node and then its record.
@@ -672,6 +674,7 @@ func (a *Attacher) withdrawFrom(name string, r exportRecord) error {
 	if err := a.drop(name, exportsBucket); err != nil {
 		return err
 	}
+	a.step("withdraw: forgotten")
 	if last {
 		a.freeNSID(r.Node, r.NSID)
 	}

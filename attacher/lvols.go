@@ -302,6 +302,7 @@ func (a *Attacher) snapshot(ctx context.Context, name, snapshot string) (lvol.In
 		if err := a.o.Sync(ctx, disk.Path); err != nil {
 			return lvol.Info{}, err
 		}
+		a.step("snapshot: flushed")
 	}
 	owner, err := a.ownerOf(name)
 	if err != nil {

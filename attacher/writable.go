@@ -325,6 +325,7 @@ func (a *Attacher) forgetWritable(w writable) error {
 	if err := a.drop(string(writableKey(w.node, w.id)), writablesBucket); err != nil {
 		return err
 	}
+	a.step("delete writable: forgotten")
 	for _, name := range []string{w.Block, w.Base, w.lvol()} {
 		a.dropUse(name, w.user())
 	}
@@ -349,6 +350,7 @@ func (a *Attacher) withdrawWritable(w *writable) error {
 		w.NSID = nsid
 		return err
 	}
+	a.step("detach writable: recorded")
 	a.freeNSID(w.node, nsid)
 	return nil
 }

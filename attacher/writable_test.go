@@ -329,6 +329,10 @@ func TestWritableLost(t *testing.T) {
 	if h.has(writableLvol("n", "c1")) {
 		t.Fatal("it is made again")
 	}
+	r, err := a.CheckStore(background, &attacherv1.CheckStoreRequest{})
+	if err != nil || len(r.GetProblems()) != 1 || r.GetProblems()[0].GetType() != ProblemMissing || r.GetProblems()[0].GetLvol() != writableLvol("n", "c1") {
+		t.Fatal(r, err)
+	}
 	if err := chain(deleteRW("n", "c1"), deleteImage)(a); err != nil {
 		t.Fatal(err)
 	}
