@@ -413,7 +413,7 @@ func (c *Card) subsystem(ctx context.Context, d *disk) error {
 	if !errors.Is(err, kind.Exists) {
 		return err
 	}
-	if _, err := call(ctx, c.bridge.fe.DeleteNvmeSubsystem, &opiv1.DeleteNvmeSubsystemRequest{Name: subsystemName(d.nqn), AllowMissing: true}); err != nil {
+	if _, err := callWithin(ctx, plugMost, c.bridge.fe.DeleteNvmeSubsystem, &opiv1.DeleteNvmeSubsystemRequest{Name: subsystemName(d.nqn), AllowMissing: true}); err != nil {
 		return err
 	}
 	_, err = call(ctx, c.bridge.fe.CreateNvmeSubsystem, want)
@@ -448,7 +448,7 @@ func (c *Card) nvmeNamespace(ctx context.Context, d *disk, volume string) error 
 // before it was ever plugged, the disk gets another one.
 func (c *Card) plug(ctx context.Context, d *disk, s *steps) error {
 	for range len(c.o.Functions) + 1 {
-		_, err := call(ctx, c.bridge.fe.CreateNvmeController, &opiv1.CreateNvmeControllerRequest{Parent: subsystemName(d.nqn), NvmeController: pcie(d.Function)})
+		_, err := callWithin(ctx, plugMost, c.bridge.fe.CreateNvmeController, &opiv1.CreateNvmeControllerRequest{Parent: subsystemName(d.nqn), NvmeController: pcie(d.Function)})
 		if err == nil || !errors.Is(err, kind.InUse) {
 			return err
 		}
@@ -488,7 +488,7 @@ func (c *Card) DetachDisk(ctx context.Context, r *attacherv1.DetachDiskRequest) 
 		return nil, err
 	}
 	defer c.calls.Done()
-	ctx, cancel := context.WithTimeout(ctx, attachMost)
+	ctx, cancel := context.WithTimeout(ctx, detachMost)
 	defer cancel()
 	defer context.AfterFunc(c.life, cancel)()
 	if err := c.detachDisk(ctx, diskKey(id, r.GetPurpose()), r.GetAttachmentId()); err != nil {
@@ -534,12 +534,13 @@ func (c *Card) undo(ctx context.Context, d *disk, wait time.Duration) error {
 	if err := c.unplug(ctx, d, wait); err != nil {
 		return err
 	}
+	c.sawUnplugged(d.Function)
 	s.done("controller")
 	if _, err := call(ctx, c.bridge.fe.DeleteNvmeNamespace, &opiv1.DeleteNvmeNamespaceRequest{Name: nvmeNamespaceName(d.nqn, d.UUID.String()), AllowMissing: true}); err != nil {
 		return err
 	}
 	s.done("nvmeNamespace")
-	if _, err := call(ctx, c.bridge.fe.DeleteNvmeSubsystem, &opiv1.DeleteNvmeSubsystemRequest{Name: subsystemName(d.nqn), AllowMissing: true}); err != nil {
+	if _, err := callWithin(ctx, plugMost, c.bridge.fe.DeleteNvmeSubsystem, &opiv1.DeleteNvmeSubsystemRequest{Name: subsystemName(d.nqn), AllowMissing: true}); err != nil {
 		return err
 	}
 	s.done("subsystem")
@@ -565,7 +566,7 @@ func (c *Card) undo(ctx context.Context, d *disk, wait time.Duration) error {
 func (c *Card) unplug(ctx context.Context, d *disk, wait time.Duration) error {
 	until := time.Now().Add(wait)
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
-		_, err := call(ctx, c.bridge.fe.DeleteNvmeController, &opiv1.DeleteNvmeControllerRequest{Name: controllerName(d.nqn, d.Function), AllowMissing: true})
+		_, err := callWithin(ctx, plugMost, c.bridge.fe.DeleteNvmeController, &opiv1.DeleteNvmeControllerRequest{Name: controllerName(d.nqn, d.Function), AllowMissing: true})
 		if err == nil || !errors.Is(err, kind.InUse) || time.Now().Add(pause).After(until) {
 			return err
 		}
@@ -596,19 +597,37 @@ func (c *Card) dropRemote(ctx context.Context, controller string) error {
 		return err
 	}
 	defer unlock()
+	return c.dropUnneeded(ctx, controller)
+}
+
+// dropUnneeded is dropRemote for who has the controller's lock.
+func (c *Card) dropUnneeded(ctx context.Context, controller string) error {
 	if c.needed(controller) { // by now
 		return nil
 	}
-	_, err = call(ctx, c.bridge.remote.DeleteNvmeRemoteController, &opiv1.DeleteNvmeRemoteControllerRequest{Name: remoteName(controller), AllowMissing: true})
+	_, err := call(ctx, c.bridge.remote.DeleteNvmeRemoteController, &opiv1.DeleteNvmeRemoteControllerRequest{Name: remoteName(controller), AllowMissing: true})
 	return err
 }
 
-func (c *Card) noteProblem(nqn, problem string) {
+// noteProblem takes note of what is wrong with a disk, or that nothing is, and tells
+// whether that is news.
+func (c *Card) noteProblem(nqn, problem string) (news bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	news = c.problems[nqn] != problem
 	if problem == "" {
 		delete(c.problems, nqn)
 	} else {
+		c.problems[nqn] = problem
+	}
+	return news
+}
+
+// noteLack is noteProblem unless something more exact is known.
+func (c *Card) noteLack(nqn, problem string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.problems[nqn] == "" {
 		c.problems[nqn] = problem
 	}
 }

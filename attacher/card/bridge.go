@@ -3,6 +3,7 @@ package card
 import (
 	"context"
 	"errors"
+	"maps"
 	"net/url"
 	"strings"
 	"sync"
@@ -40,7 +41,11 @@ const pageSize = 1000
 
 // call calls within callMost; errors have kinds.
 func call[Req, Resp any](ctx context.Context, f func(context.Context, Req, ...grpc.CallOption) (Resp, error), r Req) (Resp, error) {
-	ctx, cancel := context.WithTimeout(ctx, callMost)
+	return callWithin(ctx, callMost, f, r)
+}
+
+func callWithin[Req, Resp any](ctx context.Context, most time.Duration, f func(context.Context, Req, ...grpc.CallOption) (Resp, error), r Req) (Resp, error) {
+	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	resp, err := f(ctx, r)
 	return resp, answered(err)
@@ -228,14 +233,14 @@ func (b *bridge) volume(ctx context.Context, name string) (v volume, err error) 
 	return v, err
 }
 
-// busyMost is for how long what functions show is believed. A function that somebody else
-// took since is refused when it is plugged.
-const busyMost = time.Second
+// busyMost is for how long what functions show is believed: longer than it takes until it is
+// read again anyway. A function that somebody else took since is refused when it is plugged.
+const busyMost = 2*DefaultInterval + time.Second
 
 // busy is what functions show.
 type busy struct {
 	mu    sync.Mutex
-	shown map[Function]string // guarded by mu: NQNs
+	shown map[Function]string // guarded by mu, and never changed: NQNs
 	read  time.Time           // guarded by mu
 }
 
@@ -252,6 +257,15 @@ func (c *Card) shown(ctx context.Context, fresh bool) (map[Function]string, erro
 	}
 	c.busy.shown, c.busy.read = shown, time.Now()
 	return shown, nil
+}
+
+// sawUnplugged takes note that a function shows nothing.
+func (c *Card) sawUnplugged(f Function) {
+	c.busy.mu.Lock()
+	defer c.busy.mu.Unlock()
+	shown := maps.Clone(c.busy.shown) // others read the old one
+	delete(shown, f)
+	c.busy.shown = shown
 }
 
 // sawShown takes note of what was read anyway.

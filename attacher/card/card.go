@@ -24,6 +24,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -45,14 +46,16 @@ const (
 	DefaultHoldGrace = 10 * time.Second
 
 	// DefaultInterval is how often what the target has is compared with what is on record.
-	DefaultInterval = time.Second
+	DefaultInterval = 2 * time.Second
 
 	// downInterval is the same while the target does not answer: one that is back is
 	// noticed soon.
 	downInterval = 200 * time.Millisecond
 
-	// callMost bounds a call to the bridge that reaches no other machine.
+	// callMost bounds a call to the bridge that reaches no other machine, and plugMost one
+	// for which the host may have to do something.
 	callMost = 15 * time.Second
+	plugMost = 25 * time.Second
 
 	// connectMost bounds an attempt to connect to a portal; connectNext is when the next
 	// portal is tried too.
@@ -63,15 +66,18 @@ const (
 	// connected: it is told to at once.
 	findMost = 10 * time.Second
 
-	// attachMost bounds AttachDisk as a whole, and undoMost the removal of what it made
-	// when it fails, after which that goes on in the background.
-	attachMost = 30 * time.Second
+	// attachMost and detachMost bound AttachDisk and DetachDisk as a whole, and undoMost the
+	// removal of what was made when AttachDisk fails, after which that goes on in the
+	// background.
+	attachMost = 45 * time.Second
+	detachMost = time.Minute
 	undoMost   = 5 * time.Second
 
 	// releaseMost is how long DetachDisk tries when the function is in use.
 	releaseMost = 3 * time.Second
 
-	// maxParallel bounds the disks that are repaired or removed at the same time.
+	// maxParallel bounds the disks that are repaired or removed at the same time
+	// in the background.
 	maxParallel = 8
 
 	maxNameBytes = 128 // of ids and owners: what lvol names have
@@ -165,6 +171,9 @@ type Card struct {
 
 	busy busy // what functions show
 
+	slots chan struct{} // maxParallel: an element for each disk that is repaired or removed in the background
+	more  atomic.Bool   // there was no slot for one
+
 	life context.Context // ends with Stop
 	end  context.CancelFunc
 	wake chan struct{}  // capacity 1: there may be something to do
@@ -194,7 +203,7 @@ func open(o Options, step func(string)) (*Card, error) {
 	c := &Card{
 		o: o, names: identity.Card{Host: o.Host}, db: db, bridge: newBridge(o.Bridge),
 		holds: make(map[string]*hold), users: make(map[string]map[string]struct{}), mending: make(map[string]*mending),
-		problems: make(map[string]string), left: make(map[string]bool), wake: make(chan struct{}, 1), step: step,
+		problems: make(map[string]string), left: make(map[string]bool), wake: make(chan struct{}, 1), slots: make(chan struct{}, maxParallel), step: step,
 	}
 	c.metrics = newMetrics(c)
 	c.life, c.end = context.WithCancel(context.Background())

@@ -116,7 +116,11 @@ func (c *Card) converge(ctx context.Context) error {
 		return err
 	}
 	c.metrics.rounds.Inc()
-	c.parallel(slices.DeleteFunc(slices.Clone(all), func(d *disk) bool { return d.State != detaching }), func(d *disk) { c.goOn(ctx, d) })
+	for _, d := range all {
+		if d.State == detaching {
+			c.aside(d.nqn, func() { c.goOn(ctx, d) })
+		}
+	}
 	if err := c.sweep(ctx, v); err != nil {
 		return err
 	}
@@ -131,7 +135,7 @@ func (c *Card) converge(ctx context.Context) error {
 		case what == "":
 			c.noteProblem(d.nqn, "")
 		default:
-			c.noteProblem(d.nqn, "the card's target lacks "+what)
+			c.noteLack(d.nqn, "the card's target lacks "+what)
 			broken = append(broken, d)
 		}
 	}
@@ -163,13 +167,40 @@ func (c *Card) tryLock(name string) (unlock func(), ok bool) {
 	return unlock, err == nil
 }
 
-// goOn takes away a disk whose detaching was interrupted.
-func (c *Card) goOn(ctx context.Context, d *disk) {
-	unlock, ok := c.tryLock(d.nqn)
-	if !ok {
+// aside calls f in a goroutine of the card with a lock, so that rounds wait for no host and
+// no function; not at all when somebody has the lock, or in a later round when there is no
+// slot for it.
+func (c *Card) aside(lock string, f func()) {
+	select {
+	case c.slots <- struct{}{}:
+	default:
+		c.more.Store(true)
 		return
 	}
-	defer unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	unlock, ok := c.tryLock(lock)
+	if !ok || c.closing {
+		if ok {
+			unlock()
+		}
+		<-c.slots
+		return
+	}
+	c.own.Go(func() {
+		defer func() {
+			<-c.slots
+			if c.more.Swap(false) {
+				c.poke()
+			}
+		}()
+		defer unlock()
+		f()
+	})
+}
+
+// goOn takes away a disk whose detaching was interrupted. The caller has its lock.
+func (c *Card) goOn(ctx context.Context, d *disk) {
 	now, err := c.load(d.key)
 	if err == nil && (now == nil || now.State != detaching) {
 		return
@@ -177,84 +208,86 @@ func (c *Card) goOn(ctx context.Context, d *disk) {
 	if err == nil {
 		err = c.undo(ctx, now, 0)
 	}
-	if err != nil && ctx.Err() == nil {
-		c.noteProblem(d.nqn, "it cannot be detached: "+err.Error())
+	if err != nil && ctx.Err() == nil && c.noteProblem(d.nqn, "it cannot be detached: "+err.Error()) {
 		c.o.Logger.Warn("a disk cannot be detached yet", "disk", d.ID, "purpose", purposes[d.Purpose], "error", err)
 	}
 }
 
 // sweep deletes what bears the card's names and is not on record.
 func (c *Card) sweep(ctx context.Context, v view) error {
-	known := make(map[string]*disk)
-	reread := func() error {
-		all, err := c.disks()
-		clear(known)
-		for _, d := range all {
-			known[d.nqn] = d
-		}
+	all, err := c.disks() // after v was read: what is made later is on record
+	if err != nil {
 		return err
 	}
-	if err := reread(); err != nil { // after v was read: what is made later is on record
-		return err
+	known := make(map[string]*disk, len(all))
+	for _, d := range all {
+		known[d.nqn] = d
 	}
-	orphan := func(nqn string) bool { return c.names.OwnsSubsystem(nqn) && known[nqn] == nil }
 	for nqn := range v.subsystems {
-		if !orphan(nqn) {
-			continue
-		}
-		unlock, ok := c.tryLock(nqn)
-		if !ok {
-			continue
-		}
-		err := reread()
-		if err == nil && orphan(nqn) {
-			c.o.Logger.Warn("deleting a subsystem of this card that is not on record", "subsystem", nqn)
-			_, err = call(ctx, c.bridge.fe.DeleteNvmeSubsystem, &opiv1.DeleteNvmeSubsystemRequest{Name: subsystemName(nqn), AllowMissing: true})
-			c.metrics.orphans.Inc()
-			c.step("card.sweep: subsystem")
-		}
-		unlock()
-		if err != nil {
-			return fmt.Errorf("delete subsystem %s, which is not on record: %w", nqn, err)
+		if c.names.OwnsSubsystem(nqn) && known[nqn] == nil {
+			c.aside(nqn, func() { c.dropSubsystem(ctx, nqn) })
 		}
 	}
 	for f, nqn := range v.functions {
-		if d := known[nqn]; d == nil || d.Function == f {
-			continue
-		}
-		if err := c.dropFunction(ctx, f, nqn, known[nqn]); err != nil {
-			return fmt.Errorf("take function %s from subsystem %s, whose disk has another: %w", f, nqn, err)
+		if d := known[nqn]; d != nil && d.Function != f {
+			c.aside(nqn, func() { c.dropFunction(ctx, f, d) })
 		}
 	}
 	for name := range v.remotes {
 		if c.needed(name) {
 			continue
 		}
-		c.o.Logger.Warn("ending a connection of this card that no disk needs", "controller", name)
-		if err := c.dropRemote(ctx, name); err != nil {
-			return fmt.Errorf("delete controller %s, which no disk needs: %w", name, err)
-		}
-		c.metrics.orphans.Inc()
-		c.step("card.sweep: controller")
+		c.aside(name, func() {
+			if c.needed(name) { // by now
+				return
+			}
+			c.o.Logger.Warn("ending a connection of this card that no disk needs", "controller", name)
+			if err := c.dropUnneeded(ctx, name); err != nil {
+				c.o.Logger.Warn("a connection that no disk needs stays until the next round", "controller", name, "error", err)
+				return
+			}
+			c.metrics.orphans.Inc()
+			c.step("card.sweep: controller")
+		})
 	}
 	return nil
 }
 
-// dropFunction takes a function from a disk that has another by its record.
-func (c *Card) dropFunction(ctx context.Context, f Function, nqn string, d *disk) error {
-	unlock, ok := c.tryLock(nqn)
-	if !ok {
-		return nil
+// dropSubsystem deletes a subsystem, unless it is a disk's by now. The caller has its lock.
+func (c *Card) dropSubsystem(ctx context.Context, nqn string) {
+	all, err := c.disks()
+	if err == nil && slices.ContainsFunc(all, func(d *disk) bool { return d.nqn == nqn }) {
+		return
 	}
-	defer unlock()
+	if err == nil {
+		c.o.Logger.Warn("deleting a subsystem of this card that is not on record", "subsystem", nqn)
+		_, err = callWithin(ctx, plugMost, c.bridge.fe.DeleteNvmeSubsystem, &opiv1.DeleteNvmeSubsystemRequest{Name: subsystemName(nqn), AllowMissing: true})
+	}
+	if err != nil {
+		c.o.Logger.Warn("a subsystem that is not on record stays until the next round", "subsystem", nqn, "error", err)
+		return
+	}
+	c.metrics.orphans.Inc()
+	c.step("card.sweep: subsystem")
+}
+
+// dropFunction takes a function from a disk that has another by its record. The caller has
+// the disk's lock.
+func (c *Card) dropFunction(ctx context.Context, f Function, d *disk) {
 	now, err := c.load(d.key)
-	if err != nil || now == nil || now.Function == f {
-		return err
+	if err == nil && (now == nil || now.Function == f) {
+		return
 	}
-	_, err = call(ctx, c.bridge.fe.DeleteNvmeController, &opiv1.DeleteNvmeControllerRequest{Name: controllerName(nqn, f), AllowMissing: true})
+	if err == nil {
+		c.o.Logger.Warn("taking a function from a disk that has another", "disk", d.ID, "purpose", purposes[d.Purpose], "function", f)
+		_, err = callWithin(ctx, plugMost, c.bridge.fe.DeleteNvmeController, &opiv1.DeleteNvmeControllerRequest{Name: controllerName(d.nqn, f), AllowMissing: true})
+	}
+	if err != nil {
+		c.o.Logger.Warn("a function that a disk does not need stays until the next round", "disk", d.ID, "function", f, "error", err)
+		return
+	}
 	c.metrics.orphans.Inc()
 	c.step("card.sweep: function")
-	return err
 }
 
 // connection is what the disks of one remote controller want.
@@ -331,6 +364,7 @@ func (c *Card) mend(controller string, w connection, have []string) {
 		cancel()
 		c.mu.Lock()
 		m.cancel = nil
+		first := m.pause == 0 // the others say the same
 		if err != nil {
 			m.pause = min(max(2*m.pause, c.o.Interval/2), mendMost)
 			m.next = time.Now().Add(m.pause)
@@ -338,10 +372,10 @@ func (c *Card) mend(controller string, w connection, have []string) {
 			delete(c.mending, controller)
 		}
 		c.mu.Unlock()
-		if err == nil || none {
+		if err == nil {
 			c.poke()
 		}
-		if err != nil && ctx.Err() == nil {
+		if err != nil && ctx.Err() == nil && first {
 			c.o.Logger.Warn("a path to a store cannot be made yet", "subsystem", w.remote.Subsystem, "error", err)
 		}
 	})
@@ -391,28 +425,25 @@ func (c *Card) repair(ctx context.Context, v view, broken []*disk) error {
 		}
 		volumes[d.controller] = all
 	}
-	c.parallel(broken, func(d *disk) {
+	for _, d := range broken {
 		volume := d.Volume
 		if d.Remote != nil {
 			if volume = volumes[d.controller][d.Remote.UUID]; volume == "" {
 				c.noteProblem(d.nqn, "its store does not show it, or is not reached")
-				return
+				continue
 			}
 		}
-		if err := c.repairOne(ctx, d, volume); err != nil && ctx.Err() == nil {
-			c.noteProblem(d.nqn, err.Error())
-			c.o.Logger.Warn("a disk cannot be repaired yet", "disk", d.ID, "purpose", purposes[d.Purpose], "error", err)
-		}
-	})
+		c.aside(d.nqn, func() {
+			if err := c.repairOne(ctx, d, volume); err != nil && ctx.Err() == nil && c.noteProblem(d.nqn, err.Error()) {
+				c.o.Logger.Warn("a disk cannot be repaired yet", "disk", d.ID, "purpose", purposes[d.Purpose], "error", err)
+			}
+		})
+	}
 	return nil
 }
 
+// repairOne shows a disk again. The caller has its lock.
 func (c *Card) repairOne(ctx context.Context, d *disk, volume string) error {
-	unlock, ok := c.tryLock(d.nqn)
-	if !ok {
-		return nil
-	}
-	defer unlock()
 	now, err := c.load(d.key)
 	if err != nil || now == nil || now.State != attached || now.Attachment != d.Attachment {
 		return err

@@ -171,7 +171,9 @@ func (c *Card) disks() (list []*disk, err error) {
 	err = c.db.View(func(tx *bbolt.Tx) error {
 		return tx.Bucket(disksBucket).ForEach(func(k, v []byte) error {
 			d, err := c.decodeDisk(k, v)
-			list = append(list, d)
+			if err == nil {
+				list = append(list, d)
+			}
 			return err
 		})
 	})
