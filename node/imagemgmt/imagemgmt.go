@@ -27,8 +27,9 @@ type Attachment struct {
 	Disk  present.Disk `json:"disk"`
 	// Users are those of Attach, and the ids of the writable layers over the block.
 	Users []string `json:"users"`
-	// Layers are the latter alone.
-	Layers []string `json:"layers,omitempty"`
+	// Layers are the disks of the latter in order of id, those that are not shown with
+	// nothing else.
+	Layers []present.Disk `json:"layers,omitempty"`
 }
 
 // Layer is what a writable disk consists of.

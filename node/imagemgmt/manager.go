@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -670,10 +671,10 @@ func (m *Manager) Layered(b Block) bool {
 func (m *Manager) Stat(_ context.Context, block string) (Attachment, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	var layers []string
+	var layers []present.Disk
 	for id, w := range m.writers {
 		if w.Block == block {
-			layers = append(layers, id)
+			layers = append(layers, w.diskLocked(id))
 		}
 	}
 	a, ok := m.attachmentLocked(block, layers)
@@ -687,16 +688,16 @@ func (m *Manager) Stat(_ context.Context, block string) (Attachment, error) {
 func (m *Manager) List(context.Context) ([]Attachment, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	layers := make(map[string][]string, len(m.blocks)) // by block
+	layers := make(map[string][]present.Disk, len(m.blocks)) // by block
 	for block := range m.blocks {
 		layers[block] = nil
 	}
 	for id, w := range m.writers {
-		layers[w.Block] = append(layers[w.Block], id)
+		layers[w.Block] = append(layers[w.Block], w.diskLocked(id))
 	}
 	out := make([]Attachment, 0, len(layers))
-	for block, ids := range layers {
-		if a, ok := m.attachmentLocked(block, ids); ok {
+	for block, over := range layers {
+		if a, ok := m.attachmentLocked(block, over); ok {
 			out = append(out, a)
 		}
 	}
@@ -711,12 +712,12 @@ func (m *Manager) List(context.Context) ([]Attachment, error) {
 
 // attachmentLocked describes block, over which layers are. ok is false when there is
 // nothing but a call on its way.
-func (m *Manager) attachmentLocked(block string, layers []string) (a Attachment, ok bool) {
-	slices.Sort(layers)
+func (m *Manager) attachmentLocked(block string, layers []present.Disk) (a Attachment, ok bool) {
+	slices.SortFunc(layers, func(a, b present.Disk) int { return strings.Compare(a.ID, b.ID) })
 	a.Block, a.Layers = block, layers
 	users := make(map[string]struct{})
-	for _, id := range layers {
-		users[id] = struct{}{}
+	for _, d := range layers {
+		users[d.ID] = struct{}{}
 	}
 	if e := m.blocks[block]; e != nil {
 		for u := range e.users {

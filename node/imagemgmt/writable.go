@@ -12,6 +12,14 @@ import (
 // layer is what w shows, as far as its record says.
 func (w *writer) layer() Layer { return Layer{Block: w.block(), Path: w.Path} }
 
+// diskLocked is w's disk, which is not shown when it has nothing but id.
+func (w *writer) diskLocked(id string) present.Disk {
+	if w.disk.ID == "" {
+		return present.Disk{ID: id}
+	}
+	return w.disk
+}
+
 // AttachWritable implements Service. id must not be the name of a block or of
 // another disk.
 func (m *Manager) AttachWritable(ctx context.Context, l Layer, id string) (present.Disk, error) {

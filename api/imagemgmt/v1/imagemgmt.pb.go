@@ -488,7 +488,7 @@ type Attachment struct {
 	Block         string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"`
 	Disk          *Disk                  `protobuf:"bytes,2,opt,name=disk,proto3" json:"disk,omitempty"`     // absent when only writable layers hold the block
 	Users         []string               `protobuf:"bytes,3,rep,name=users,proto3" json:"users,omitempty"`   // those of Attach, and the ids of writable layers
-	Layers        []string               `protobuf:"bytes,4,rep,name=layers,proto3" json:"layers,omitempty"` // the latter alone
+	Layers        []*Disk                `protobuf:"bytes,4,rep,name=layers,proto3" json:"layers,omitempty"` // the latter's disks, those that are not shown with an id alone
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -544,7 +544,7 @@ func (x *Attachment) GetUsers() []string {
 	return nil
 }
 
-func (x *Attachment) GetLayers() []string {
+func (x *Attachment) GetLayers() []*Disk {
 	if x != nil {
 		return x.Layers
 	}
@@ -1268,13 +1268,13 @@ const file_imagemgmt_v1_imagemgmt_proto_rawDesc = "" +
 	"\x04user\x18\x02 \x01(\tR\x04user\"\x10\n" +
 	"\x0eDetachResponse\"#\n" +
 	"\vStatRequest\x12\x14\n" +
-	"\x05block\x18\x01 \x01(\tR\x05block\"}\n" +
+	"\x05block\x18\x01 \x01(\tR\x05block\"\x96\x01\n" +
 	"\n" +
 	"Attachment\x12\x14\n" +
 	"\x05block\x18\x01 \x01(\tR\x05block\x12+\n" +
 	"\x04disk\x18\x02 \x01(\v2\x17.thaw.imagemgmt.v1.DiskR\x04disk\x12\x14\n" +
-	"\x05users\x18\x03 \x03(\tR\x05users\x12\x16\n" +
-	"\x06layers\x18\x04 \x03(\tR\x06layers\"\r\n" +
+	"\x05users\x18\x03 \x03(\tR\x05users\x12/\n" +
+	"\x06layers\x18\x04 \x03(\v2\x17.thaw.imagemgmt.v1.DiskR\x06layers\"\r\n" +
 	"\vListRequest\"O\n" +
 	"\fListResponse\x12?\n" +
 	"\vattachments\x18\x01 \x03(\v2\x1d.thaw.imagemgmt.v1.AttachmentR\vattachments\"j\n" +
@@ -1369,38 +1369,39 @@ var file_imagemgmt_v1_imagemgmt_proto_depIdxs = []int32{
 	1,  // 1: thaw.imagemgmt.v1.Disk.nvme:type_name -> thaw.imagemgmt.v1.NVMe
 	0,  // 2: thaw.imagemgmt.v1.AttachRequest.block:type_name -> thaw.imagemgmt.v1.Block
 	2,  // 3: thaw.imagemgmt.v1.Attachment.disk:type_name -> thaw.imagemgmt.v1.Disk
-	8,  // 4: thaw.imagemgmt.v1.ListResponse.attachments:type_name -> thaw.imagemgmt.v1.Attachment
-	0,  // 5: thaw.imagemgmt.v1.Layer.block:type_name -> thaw.imagemgmt.v1.Block
-	11, // 6: thaw.imagemgmt.v1.AttachWritableRequest.layer:type_name -> thaw.imagemgmt.v1.Layer
-	11, // 7: thaw.imagemgmt.v1.DeleteWritableRequest.layer:type_name -> thaw.imagemgmt.v1.Layer
-	11, // 8: thaw.imagemgmt.v1.StatWritableRequest.layer:type_name -> thaw.imagemgmt.v1.Layer
-	2,  // 9: thaw.imagemgmt.v1.Writable.disk:type_name -> thaw.imagemgmt.v1.Disk
-	20, // 10: thaw.imagemgmt.v1.PrefetchRequest.ranges:type_name -> thaw.imagemgmt.v1.Range
-	4,  // 11: thaw.imagemgmt.v1.ImageManagement.Attach:input_type -> thaw.imagemgmt.v1.AttachRequest
-	5,  // 12: thaw.imagemgmt.v1.ImageManagement.Detach:input_type -> thaw.imagemgmt.v1.DetachRequest
-	7,  // 13: thaw.imagemgmt.v1.ImageManagement.Stat:input_type -> thaw.imagemgmt.v1.StatRequest
-	9,  // 14: thaw.imagemgmt.v1.ImageManagement.List:input_type -> thaw.imagemgmt.v1.ListRequest
-	12, // 15: thaw.imagemgmt.v1.ImageManagement.AttachWritable:input_type -> thaw.imagemgmt.v1.AttachWritableRequest
-	13, // 16: thaw.imagemgmt.v1.ImageManagement.DetachWritable:input_type -> thaw.imagemgmt.v1.DetachWritableRequest
-	15, // 17: thaw.imagemgmt.v1.ImageManagement.DeleteWritable:input_type -> thaw.imagemgmt.v1.DeleteWritableRequest
-	17, // 18: thaw.imagemgmt.v1.ImageManagement.StatWritable:input_type -> thaw.imagemgmt.v1.StatWritableRequest
-	19, // 19: thaw.imagemgmt.v1.ImageManagement.EnsureScratch:input_type -> thaw.imagemgmt.v1.EnsureScratchRequest
-	21, // 20: thaw.imagemgmt.v1.ImageManagement.Prefetch:input_type -> thaw.imagemgmt.v1.PrefetchRequest
-	2,  // 21: thaw.imagemgmt.v1.ImageManagement.Attach:output_type -> thaw.imagemgmt.v1.Disk
-	6,  // 22: thaw.imagemgmt.v1.ImageManagement.Detach:output_type -> thaw.imagemgmt.v1.DetachResponse
-	8,  // 23: thaw.imagemgmt.v1.ImageManagement.Stat:output_type -> thaw.imagemgmt.v1.Attachment
-	10, // 24: thaw.imagemgmt.v1.ImageManagement.List:output_type -> thaw.imagemgmt.v1.ListResponse
-	2,  // 25: thaw.imagemgmt.v1.ImageManagement.AttachWritable:output_type -> thaw.imagemgmt.v1.Disk
-	14, // 26: thaw.imagemgmt.v1.ImageManagement.DetachWritable:output_type -> thaw.imagemgmt.v1.DetachWritableResponse
-	16, // 27: thaw.imagemgmt.v1.ImageManagement.DeleteWritable:output_type -> thaw.imagemgmt.v1.DeleteWritableResponse
-	18, // 28: thaw.imagemgmt.v1.ImageManagement.StatWritable:output_type -> thaw.imagemgmt.v1.Writable
-	0,  // 29: thaw.imagemgmt.v1.ImageManagement.EnsureScratch:output_type -> thaw.imagemgmt.v1.Block
-	22, // 30: thaw.imagemgmt.v1.ImageManagement.Prefetch:output_type -> thaw.imagemgmt.v1.PrefetchProgress
-	21, // [21:31] is the sub-list for method output_type
-	11, // [11:21] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	2,  // 4: thaw.imagemgmt.v1.Attachment.layers:type_name -> thaw.imagemgmt.v1.Disk
+	8,  // 5: thaw.imagemgmt.v1.ListResponse.attachments:type_name -> thaw.imagemgmt.v1.Attachment
+	0,  // 6: thaw.imagemgmt.v1.Layer.block:type_name -> thaw.imagemgmt.v1.Block
+	11, // 7: thaw.imagemgmt.v1.AttachWritableRequest.layer:type_name -> thaw.imagemgmt.v1.Layer
+	11, // 8: thaw.imagemgmt.v1.DeleteWritableRequest.layer:type_name -> thaw.imagemgmt.v1.Layer
+	11, // 9: thaw.imagemgmt.v1.StatWritableRequest.layer:type_name -> thaw.imagemgmt.v1.Layer
+	2,  // 10: thaw.imagemgmt.v1.Writable.disk:type_name -> thaw.imagemgmt.v1.Disk
+	20, // 11: thaw.imagemgmt.v1.PrefetchRequest.ranges:type_name -> thaw.imagemgmt.v1.Range
+	4,  // 12: thaw.imagemgmt.v1.ImageManagement.Attach:input_type -> thaw.imagemgmt.v1.AttachRequest
+	5,  // 13: thaw.imagemgmt.v1.ImageManagement.Detach:input_type -> thaw.imagemgmt.v1.DetachRequest
+	7,  // 14: thaw.imagemgmt.v1.ImageManagement.Stat:input_type -> thaw.imagemgmt.v1.StatRequest
+	9,  // 15: thaw.imagemgmt.v1.ImageManagement.List:input_type -> thaw.imagemgmt.v1.ListRequest
+	12, // 16: thaw.imagemgmt.v1.ImageManagement.AttachWritable:input_type -> thaw.imagemgmt.v1.AttachWritableRequest
+	13, // 17: thaw.imagemgmt.v1.ImageManagement.DetachWritable:input_type -> thaw.imagemgmt.v1.DetachWritableRequest
+	15, // 18: thaw.imagemgmt.v1.ImageManagement.DeleteWritable:input_type -> thaw.imagemgmt.v1.DeleteWritableRequest
+	17, // 19: thaw.imagemgmt.v1.ImageManagement.StatWritable:input_type -> thaw.imagemgmt.v1.StatWritableRequest
+	19, // 20: thaw.imagemgmt.v1.ImageManagement.EnsureScratch:input_type -> thaw.imagemgmt.v1.EnsureScratchRequest
+	21, // 21: thaw.imagemgmt.v1.ImageManagement.Prefetch:input_type -> thaw.imagemgmt.v1.PrefetchRequest
+	2,  // 22: thaw.imagemgmt.v1.ImageManagement.Attach:output_type -> thaw.imagemgmt.v1.Disk
+	6,  // 23: thaw.imagemgmt.v1.ImageManagement.Detach:output_type -> thaw.imagemgmt.v1.DetachResponse
+	8,  // 24: thaw.imagemgmt.v1.ImageManagement.Stat:output_type -> thaw.imagemgmt.v1.Attachment
+	10, // 25: thaw.imagemgmt.v1.ImageManagement.List:output_type -> thaw.imagemgmt.v1.ListResponse
+	2,  // 26: thaw.imagemgmt.v1.ImageManagement.AttachWritable:output_type -> thaw.imagemgmt.v1.Disk
+	14, // 27: thaw.imagemgmt.v1.ImageManagement.DetachWritable:output_type -> thaw.imagemgmt.v1.DetachWritableResponse
+	16, // 28: thaw.imagemgmt.v1.ImageManagement.DeleteWritable:output_type -> thaw.imagemgmt.v1.DeleteWritableResponse
+	18, // 29: thaw.imagemgmt.v1.ImageManagement.StatWritable:output_type -> thaw.imagemgmt.v1.Writable
+	0,  // 30: thaw.imagemgmt.v1.ImageManagement.EnsureScratch:output_type -> thaw.imagemgmt.v1.Block
+	22, // 31: thaw.imagemgmt.v1.ImageManagement.Prefetch:output_type -> thaw.imagemgmt.v1.PrefetchProgress
+	22, // [22:32] is the sub-list for method output_type
+	12, // [12:22] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_imagemgmt_v1_imagemgmt_proto_init() }
