@@ -88,8 +88,8 @@ func (b *Bridge) lvolsOf(ctx context.Context, store string) ([]*lvol, error) {
 	return list, nil
 }
 
-// lvol reads one. What has a bdev is found by its alias, without a list of all.
-func (b *Bridge) lvol(ctx context.Context, store, name string) (*lvol, error) {
+// lvolBdev reads an lvol that has a bdev, by its alias; nil when it finds none.
+func (b *Bridge) lvolBdev(ctx context.Context, store, name string) (*lvol, error) {
 	if err := checkName(name); err != nil {
 		return nil, err
 	}
@@ -103,7 +103,20 @@ func (b *Bridge) lvol(ctx context.Context, store, name string) (*lvol, error) {
 		return &lvol{spdk.Lvol{Name: name, Alias: store + "/" + name, UUID: bdev.UUID, IsThinProvisioned: d.ThinProvision, IsSnapshot: d.Snapshot, IsClone: d.Clone,
 			IsEsnapClone: d.EsnapClone, NumAllocatedClusters: d.NumAllocatedClusters}, s, bdev}, nil
 	}
-	if err != nil && !errors.Is(err, kind.NotFound) {
+	if errors.Is(err, kind.NotFound) {
+		err = nil
+	}
+	return nil, err
+}
+
+// lvol reads one. What has a bdev is found without a list of all.
+func (b *Bridge) lvol(ctx context.Context, store, name string) (*lvol, error) {
+	l, err := b.lvolBdev(ctx, store, name)
+	if err != nil || l != nil {
+		return l, err
+	}
+	s, err := b.store(ctx, store)
+	if err != nil {
 		return nil, err
 	}
 	all, err := b.spdk.BdevLvolGetLvols(ctx, store)
@@ -121,8 +134,8 @@ func (b *Bridge) lvol(ctx context.Context, store, name string) (*lvol, error) {
 // sureLvol is lvol for those who only read: what an lvstore does not have while it is
 // being loaded is not taken for missing.
 func (b *Bridge) sureLvol(ctx context.Context, store, name string) (*lvol, error) {
-	l, err := b.lvol(ctx, store, name)
-	if !errors.Is(err, kind.NotFound) {
+	l, err := b.lvolBdev(ctx, store, name)
+	if l != nil || err != nil && !errors.Is(err, kind.NotFound) {
 		return l, err
 	}
 	if err := b.spdk.BdevWaitForExamine(ctx); err != nil {

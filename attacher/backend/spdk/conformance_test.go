@@ -42,42 +42,44 @@ func TestThroughOPI(t *testing.T) {
 	backendtest.Run(t, func(t *testing.T) *backendtest.Fixture { return fixture(t, nil) })
 }
 
-// TestThroughOPIOnce is a target that shows each volume in one subsystem only, as SPDK does,
-// also one that nobody can write.
+// once makes a target show each volume in one subsystem only, as SPDK does, also one that
+// nobody can write.
+func once(m map[string]rpc.Method) {
+	add, get := m["nvmf_subsystem_add_ns"].Handle, m["bdev_get_bdevs"].Handle
+	var mu sync.Mutex
+	m["nvmf_subsystem_add_ns"] = rpc.Method{Handle: func(ctx context.Context, params json.RawMessage) (any, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		var p struct {
+			Namespace struct {
+				BdevName string `json:"bdev_name"`
+			} `json:"namespace"`
+		}
+		if err := json.Unmarshal(params, &p); err != nil {
+			return nil, err
+		}
+		name, err := json.Marshal(map[string]string{"name": p.Namespace.BdevName})
+		if err != nil {
+			return nil, err
+		}
+		if found, err := get(ctx, name); err == nil {
+			var bdevs []struct {
+				Claimed bool `json:"claimed"`
+			}
+			raw, err := json.Marshal(found)
+			if err := errors.Join(err, json.Unmarshal(raw, &bdevs)); err != nil {
+				return nil, err
+			}
+			if bdevs[0].Claimed {
+				return nil, rpc.InvalidParams(errors.New("bdev is claimed"))
+			}
+		}
+		return add(ctx, params)
+	}}
+}
+
+// TestThroughOPIOnce is such a target: the second node that has a block gets a clone of it.
 func TestThroughOPIOnce(t *testing.T) {
-	once := func(m map[string]rpc.Method) {
-		add, get := m["nvmf_subsystem_add_ns"].Handle, m["bdev_get_bdevs"].Handle
-		var mu sync.Mutex
-		m["nvmf_subsystem_add_ns"] = rpc.Method{Handle: func(ctx context.Context, params json.RawMessage) (any, error) {
-			mu.Lock()
-			defer mu.Unlock()
-			var p struct {
-				Namespace struct {
-					BdevName string `json:"bdev_name"`
-				} `json:"namespace"`
-			}
-			if err := json.Unmarshal(params, &p); err != nil {
-				return nil, err
-			}
-			name, err := json.Marshal(map[string]string{"name": p.Namespace.BdevName})
-			if err != nil {
-				return nil, err
-			}
-			if found, err := get(ctx, name); err == nil {
-				var bdevs []struct {
-					Claimed bool `json:"claimed"`
-				}
-				raw, err := json.Marshal(found)
-				if err := errors.Join(err, json.Unmarshal(raw, &bdevs)); err != nil {
-					return nil, err
-				}
-				if bdevs[0].Claimed {
-					return nil, rpc.InvalidParams(errors.New("bdev is claimed"))
-				}
-			}
-			return add(ctx, params)
-		}}
-	}
 	backendtest.Run(t, func(t *testing.T) *backendtest.Fixture { return fixture(t, once) })
 }
 
