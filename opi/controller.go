@@ -137,13 +137,7 @@ func (b *Bridge) CreateNvmeController(ctx context.Context, r *opiv1.CreateNvmeCo
 			return nil, err
 		}
 	}
-	same := func(*place) error {
-		if want.function != nil {
-			return b.functions.Plug(ctx, nqn, *want.function) // completes what was plugged in part
-		}
-		return nil
-	}
-	p, err := ensure(func() (*place, error) { return b.place(ctx, nqn, want.id()) }, same, func() error {
+	p, err := ensure(func() (*place, error) { return b.place(ctx, nqn, want.id()) }, func(*place) error { return nil }, func() error {
 		if want.function != nil {
 			return kind.Errorf(kind.Unavailable, "%s was plugged and does not show %s: it was unplugged meanwhile", want.id(), nqn)
 		}

@@ -301,6 +301,7 @@ func (s *Sim) plug(ctx context.Context, m *monitor, p *part, function int, sub *
 			return kind.Errorf(kind.InUse, "function %d shows an earlier subsystem %s, with serial number %q: unplug it first", function, sub.NQN, serial)
 		}
 	}
+	whole := p.device && p.node
 	if p.node && !p.device {
 		// What it was made for may not be what is wanted.
 		if err := s.deleteNode(ctx, m, n, p); err != nil {
@@ -312,6 +313,9 @@ func (s *Sim) plug(ctx context.Context, m *monitor, p *part, function int, sub *
 			return err
 		}
 		p.export = nil
+	}
+	if whole && p.export != nil {
+		return nil
 	}
 	if p.export == nil {
 		if err := s.o.Target.ThawNBDExport(ctx, bdev.Name, s.socket(n), sub.NQN); err != nil {

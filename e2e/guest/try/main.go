@@ -38,8 +38,10 @@ func try() (int, error) {
 	flag.IntVar(&o.MemoryMB, "memory", 0, "memory in MB")
 	flag.IntVar(&o.CPUs, "cpus", 0, "processors")
 	flag.StringVar(&o.Append, "append", "", "added to the kernel's command line")
+	qemu := flag.String("qemu", "", "added to QEMU's arguments, separated by spaces")
 	timeout := flag.Duration("timeout", 10*time.Minute, "how long the script may take")
 	flag.Parse()
+	o.Args = strings.Fields(*qemu)
 	begin := time.Now()
 	o.Cache = *cache
 	image, err := guest.BuildImage(ctx, o.Cache)
