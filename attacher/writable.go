@@ -465,7 +465,8 @@ func (a *Attacher) complete(node, block string) error {
 	return err
 }
 
-// listWritables appends a node's writable layers, or all nodes', with what they occupy.
+// listWritables appends a node's writable layers, or all nodes', with what they occupy; 0
+// while the store is away.
 func (a *Attacher) listWritables(node string, out []*attacherv1.Attachment) ([]*attacherv1.Attachment, error) {
 	var layers []writable
 	if err := a.db.View(func(tx *bbolt.Tx) error {
@@ -478,7 +479,7 @@ func (a *Attacher) listWritables(node string, out []*attacherv1.Attachment) ([]*
 	}
 	occupied := make(map[string]lvol.Info, len(layers))
 	infos, err := a.o.Lvols.List()
-	if err != nil {
+	if err != nil && !errors.Is(err, kind.Unavailable) { // what there is, is known without the store
 		return nil, err
 	}
 	for _, i := range infos {
