@@ -368,11 +368,11 @@ func (c *Card) mend(controller string, w connection, have []string) {
 		if err != nil {
 			m.pause = min(max(2*m.pause, c.o.Interval/2), mendMost)
 			m.next = time.Now().Add(m.pause)
-		} else {
-			delete(c.mending, controller)
+		} else { // a connection that breaks as soon as it is made must not keep us busy
+			m.pause, m.next = 0, time.Now().Add(c.o.Interval/2)
 		}
 		c.mu.Unlock()
-		if err == nil {
+		if err == nil && none {
 			c.poke()
 		}
 		if err != nil && ctx.Err() == nil && first {
