@@ -113,7 +113,7 @@ func (b *Backend) converge(ctx context.Context) error {
 	if !lost {
 		return nil
 	}
-	if err := b.replayAll(ctx); err != nil {
+	if err := b.replayAll(context.WithValue(ctx, keeping{}, true)); err != nil {
 		b.forget()
 		return err
 	}

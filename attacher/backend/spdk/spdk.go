@@ -300,7 +300,7 @@ func (b *Backend) again(ctx context.Context, f func() error) error {
 	begin := time.Now()
 	for {
 		err := f()
-		if !errors.Is(err, kind.Unavailable) || time.Since(begin) > b.o.Patience {
+		if !errors.Is(err, kind.Unavailable) || time.Since(begin) > b.o.Patience || ctx.Value(keeping{}) != nil {
 			return err
 		}
 		b.look()
@@ -309,6 +309,10 @@ func (b *Backend) again(ctx context.Context, f func() error) error {
 		}
 	}
 }
+
+// keeping marks the context of who makes the target available again, for whom nobody else
+// would.
+type keeping struct{}
 
 // look makes the keeper look at the target now.
 func (b *Backend) look() {
