@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -29,6 +30,7 @@ const cardFunctions = 8
 type simulatedCard struct {
 	dir, program, qmp string
 	target, bridge    *daemon
+	daemons           []*daemon // in the order in which they were started
 	conn              *grpc.ClientConn
 }
 
@@ -88,19 +90,25 @@ func newCard(t *testing.T, program string) *simulatedCard {
 	if c.conn, err = grpc.NewClient("unix:"+at("bridge"), grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
 		t.Fatal(err)
 	}
-	for _, d := range []*daemon{c.target, c.bridge} {
-		d.start(t)
-	}
 	t.Cleanup(func() {
 		c.conn.Close()
-		for _, d := range []*daemon{c.bridge, c.target} {
+		for _, d := range slices.Backward(c.daemons) {
 			d.kill()
 			if log, err := os.ReadFile(d.log); t.Failed() && err == nil {
 				t.Logf("thaw %s:\n%s", d.args[0], log[max(0, len(log)-6000):])
 			}
 		}
 	})
+	c.start(t, c.target)
+	c.start(t, c.bridge)
 	return c
+}
+
+// start starts a process that ends with the test.
+func (c *simulatedCard) start(t *testing.T, d *daemon) {
+	t.Helper()
+	d.start(t)
+	c.daemons = append(c.daemons, d)
 }
 
 // shownDisk is a disk that OPI's calls make a drive of.

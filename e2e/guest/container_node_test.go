@@ -24,10 +24,10 @@ const nodePath = "/run/node.sh"
 const nodeScript = `
 export PATH=/host/bin:$PATH CONTAINERD_ADDRESS=/run/c.sock CONTAINERD_NAMESPACE=lab
 
-# server: starts thaw server and waits until it answers, containerd too: that dials a
+# server [PROCESS]: starts thaw server, or another process of thaw, and waits until it answers, containerd too: that dials a
 # snapshotter that was away with pauses of its own
 server() {
-	setsid thaw server --config /tmp/thaw.toml >>/tmp/thaw.log 2>&1 &
+	setsid thaw ${1:-server} --config /tmp/thaw.toml >>/tmp/thaw.log 2>&1 &
 	echo $! >/run/thaw.pid
 	await 'thaw_snapshots || dead'
 	! dead || { tail -n 30 /tmp/thaw.log; return 1; }
@@ -134,6 +134,14 @@ func newNode(t *testing.T, store *storeHost) *node {
 		ScratchMB: 4096,
 	})
 	n := &node{g: g, store: store}
+	n.containerd(t)
+	return n
+}
+
+// containerd starts containerd in the guest, with the snapshotter that thaw will be.
+func (n *node) containerd(t *testing.T) {
+	t.Helper()
+	g := n.g
 	config := fmt.Sprintf(containerdConfig, containerdDir, filepath.Join(thawRun, "snapshotter.sock"), filepath.Join(thawRoot, "snapshotter"))
 	for path, content := range map[string]string{"/tmp/containerd.toml": config, nodePath: nodeScript} {
 		if err := g.WriteFile(t.Context(), path, 0o600, strings.NewReader(content)); err != nil {
@@ -154,7 +162,6 @@ func newNode(t *testing.T, store *storeHost) *node {
 			echo == what thaw server is doing; kill -QUIT $(cat /run/thaw.pid); sleep 2; grep -n SIGQUIT -A 300 /tmp/thaw.log`)
 		t.Logf("the guest after the failure (%v):\n%s", err, out)
 	})
-	return n
 }
 
 // start starts thaw server on an empty disk, with a presentation.
