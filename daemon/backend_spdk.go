@@ -32,8 +32,11 @@ func openSPDK(ctx context.Context, config Config, create bool, logger *slog.Logg
 	if err != nil {
 		return storage{}, err
 	}
-	b, err := spdk.New(ctx, spdk.Options{
-		Conn: conn, LvStore: o.Lvstore, AIO: o.AIO, Portals: o.Portals, Logger: logger,
+	logger.Info("opening the target's lvstore", "bridge", o.Bridge, "lvstore", o.Lvstore)
+	wait, cancel := context.WithTimeout(ctx, peerWait)
+	defer cancel()
+	b, err := spdk.New(wait, spdk.Options{
+		Conn: conn, LvStore: o.Lvstore, AIO: o.AIO, Portals: o.Portals, Own: o.Own, Logger: logger,
 		Create: create && first && o.AIO != "", ClusterBytes: int64(config.Pool.Cluster),
 	})
 	if err != nil {

@@ -11,8 +11,10 @@ import (
 	"google.golang.org/grpc"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	imagemgmtv1 "github.com/thaw-project/thaw/api/imagemgmt/v1"
 	"github.com/thaw-project/thaw/attacher/rpc"
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/node/imagemgmt/server"
 )
 
 const (
@@ -62,22 +64,33 @@ func (s *Server) serveParts(control net.Listener) error {
 		if s.card != nil {
 			attacherv1.RegisterCardServer(local, s.card)
 		}
+		if s.images != nil {
+			imagemgmtv1.RegisterImageManagementServer(local, server.New(s.images))
+		}
 		s.services.addGRPC("commands", control, local)
 	}
 	if e := s.config.Export; s.attacher != nil && s.config.Exports() {
 		// What nodes need and no more: whoever deletes or creates is named.
 		only := rpc.Allow(attacherv1.Attacher_ServiceDesc.ServiceName, e.Converters...)
-		err := s.serveTLS("export.attacher", e.Attacher, rpc.Files{Certificate: e.Certificate, Key: e.Key, CA: e.ClientCA}, only, func(server *grpc.Server) {
-			attacherv1.RegisterNodeServer(server, s.attacher)
-			attacherv1.RegisterAttacherServer(server, s.attacher)
+		err := s.serveTLS("export.attacher", e.Attacher, rpc.Files{Certificate: e.Certificate, Key: e.Key, CA: e.ClientCA}, only, func(g *grpc.Server) {
+			attacherv1.RegisterNodeServer(g, s.attacher)
+			attacherv1.RegisterAttacherServer(g, s.attacher)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if s.images != nil {
+		err := s.serveListed("images.listen.address", s.config.ImagesPart.Listen, func(g *grpc.Server) {
+			imagemgmtv1.RegisterImageManagementServer(g, server.New(s.images))
 		})
 		if err != nil {
 			return err
 		}
 	}
 	if s.card != nil {
-		err := s.serveListed("card.listen.address", s.config.CardPart.Listen, func(server *grpc.Server) {
-			attacherv1.RegisterCardServer(server, s.card)
+		err := s.serveListed("card.listen.address", s.config.CardPart.Listen, func(g *grpc.Server) {
+			attacherv1.RegisterCardServer(g, s.card)
 		})
 		if err != nil {
 			return err
@@ -93,6 +106,8 @@ func (s *Server) elsewhere(method string) error {
 		return kind.Errorf(kind.Unsupported, "this server has no store: run the command on the machine that has it")
 	case attacherv1.Card_ServiceDesc.ServiceName:
 		return kind.Errorf(kind.Unsupported, "this server has no card: run the command on the card")
+	case imagemgmtv1.ImageManagement_ServiceDesc.ServiceName:
+		return kind.Errorf(kind.Unsupported, "this server has no image-mgmt: run the command where it runs")
 	}
 	return kind.Errorf(kind.Unsupported, "this server does not serve %.80q", method)
 }

@@ -11,6 +11,8 @@ import (
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/cache"
 	"github.com/thaw-project/thaw/node/imagemgmt"
+	"github.com/thaw-project/thaw/node/imagemgmt/client"
+	"github.com/thaw-project/thaw/node/present/pcie"
 	"github.com/thaw-project/thaw/node/remote"
 	"github.com/thaw-project/thaw/node/snapshotter"
 	"github.com/thaw-project/thaw/target/bdev"
@@ -156,8 +158,23 @@ func (s *Server) startImages() (err error) {
 	return nil
 }
 
+// sweepRemote begins to compare what stores have for this machine with what is in use here,
+// after those who know that have started.
+func (s *Server) sweepRemote() {
+	if s.remote != nil {
+		s.remote.Start(func(target, block string) bool { return s.images.Uses(imagemgmt.Block{Target: target, Name: block}) })
+	}
+}
+
 // targets are the names by which annotations may call what this node can attach.
 func (s *Server) targets() (names []string) {
+	switch {
+	case s.config.Images():
+	case len(s.config.Snapshotter.Targets) > 0:
+		return s.config.Snapshotter.Targets
+	case len(s.config.Remote) == 0:
+		return []string{s.config.Target}
+	}
 	if s.config.Store() {
 		names = append(names, s.config.Target)
 	}
@@ -167,12 +184,44 @@ func (s *Server) targets() (names []string) {
 	return names
 }
 
+// imageService is image-mgmt as the snapshotter sees it: here, or in another process that
+// is waited for.
+func (s *Server) imageService(ctx context.Context) (imagemgmt.Service, error) {
+	if s.images != nil {
+		return s.images, nil
+	}
+	peer := s.config.Snapshotter.Images
+	if peer.Address == "" {
+		peer.Address = s.config.Sockets(RoleImages)[0]
+	}
+	conn, err := dialPeer(peer)
+	if err != nil {
+		return nil, err
+	}
+	s.onClose("connection to image-mgmt", conn.Close)
+	finder, err := pcie.New(pcie.Options{Functions: s.config.PCIe.Functions, Logger: s.logger.With("part", "pcie")})
+	if err != nil {
+		return nil, err
+	}
+	s.onClose("events of drives", finder.Close)
+	c := client.New(conn, client.Options{Finder: finder, Logger: s.logger.With("part", "imagemgmt")})
+	s.elsewhereImages = c
+	// What is mounted is compared with what image-mgmt has before containerd may ask.
+	return c, s.await(ctx, "image-mgmt at "+peer.Address, func(ctx context.Context) error {
+		_, err := c.List(ctx)
+		return err
+	})
+}
+
 // startSnapshots brings up what containerd talks to.
 func (s *Server) startSnapshots(ctx context.Context, registry *prometheus.Registry) error {
 	p := s.config.Paths()
-	var err error
+	images, err := s.imageService(ctx)
+	if err != nil {
+		return err
+	}
 	s.snapshots, err = snapshotter.New(ctx, snapshotter.Options{
-		Root: p.Snapshotter, MountDir: p.Mounts, Images: s.images, Targets: s.targets(),
+		Root: p.Snapshotter, MountDir: p.Mounts, Images: images, Targets: s.targets(),
 		AttachTimeout: time.Duration(s.config.Snapshotter.AttachTimeout),
 		AsyncRemove:   s.config.Snapshotter.AsyncRemove,
 		WritableBytes: int64(s.config.Snapshotter.WritableSize),
@@ -182,9 +231,5 @@ func (s *Server) startSnapshots(ctx context.Context, registry *prometheus.Regist
 		return err
 	}
 	s.onClose("snapshotter", s.snapshots.Close)
-	if s.remote != nil {
-		// After those who know what is in use.
-		s.remote.Start(func(target, block string) bool { return s.images.Uses(imagemgmt.Block{Target: target, Name: block}) })
-	}
 	return nil
 }

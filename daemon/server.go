@@ -59,10 +59,12 @@ type Server struct {
 	card *card.Card
 
 	// Of the role node, else nil.
-	remote    *remote.Remote // nil without remote targets, as cache
-	cache     *cache.Cache   // nil when not enabled
-	images    *imagemgmt.Manager
-	snapshots *snapshotter.Snapshotter
+	remote *remote.Remote // nil without remote targets, as cache
+	cache  *cache.Cache   // nil when not enabled
+	images *imagemgmt.Manager
+	// elsewhereImages is what the snapshotter uses instead when there is no images.
+	elsewhereImages imagemgmt.Service
+	snapshots       *snapshotter.Snapshotter
 }
 
 type closer struct {
@@ -195,6 +197,7 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 		snapshotsapi.RegisterSnapshotsServer(snapshotServer, snapshotservice.FromSnapshotter(s.snapshots))
 		s.services.addGRPC("snapshotter", snapshots, snapshotServer)
 	}
+	s.sweepRemote()
 	if err := s.serveParts(control); err != nil {
 		return err
 	}
@@ -299,6 +302,11 @@ func (s *Server) health(ctx context.Context) error {
 	if s.attacher != nil {
 		if _, err := s.attacher.GetStore(ctx, &attacherv1.GetStoreRequest{}); err != nil {
 			return fmt.Errorf("attacher: %w", err)
+		}
+	}
+	if s.elsewhereImages != nil {
+		if _, err := s.elsewhereImages.List(ctx); err != nil {
+			return fmt.Errorf("image-mgmt: %w", err)
 		}
 	}
 	if s.fuse == nil {
