@@ -74,7 +74,15 @@ func newStore(t *testing.T, b backend) (*chain, *store) {
 		t.Fatal(err)
 	}
 	socket := filepath.Join(s.dir, "run", "attacher.sock")
-	c.add(&member{name: "attacher", socket: socket, args: append([]string{"attacher"}, s.place()...)})
+	c.add(&member{name: "attacher", socket: socket, args: append([]string{"attacher"}, s.place()...), serves: func(ctx context.Context) error {
+		conn, err := rpc.Dial(socket)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		_, err = attacherv1.NewAttacherClient(conn).GetStore(ctx, &attacherv1.GetStoreRequest{})
+		return err
+	}})
 	if s.storage != nil { // the attacher has made the lvstore
 		if err := s.storage.foreignLvol(t.Context()); err != nil {
 			t.Fatal(err)
