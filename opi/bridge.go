@@ -75,13 +75,22 @@ func (b *Bridge) Register(s grpc.ServiceRegistrar) {
 
 // Refusals is a server's interceptor that says of errors of SPDK without a kind what can
 // be said: the target refused the request in its present state, FAILED_PRECONDITION. SPDK's
-// code and method are in an ErrorInfo of the domain "spdk.io". It logs what failed.
+// code and method are in an ErrorInfo of the domain "spdk.io". Where an lvstore is not found
+// a ResourceInfo of the type "lvolStores" names it. It logs what failed.
 func (b *Bridge) Refusals(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 	resp, err := next(ctx, req)
 	if err == nil {
 		return resp, nil
 	}
 	b.log.Warn("request failed", "method", info.FullMethod, "err", err)
+	var none *noStore
+	if errors.As(err, &none) {
+		s, derr := status.New(codes.NotFound, err.Error()).WithDetails(&errdetails.ResourceInfo{ResourceType: lvolStores, ResourceName: join(lvolStores, none.name)})
+		if derr != nil {
+			return resp, status.Error(codes.NotFound, err.Error())
+		}
+		return resp, s.Err()
+	}
 	var e *spdk.Error
 	if kind.Of(err) != "" || !errors.As(err, &e) {
 		return resp, err

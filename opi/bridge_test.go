@@ -193,7 +193,9 @@ func TestNamespace(t *testing.T) {
 	changed := proto.CloneOf(made)
 	changed.Spec.VolumeNameRef = "mallocVolumes/m1"
 	want[*opiv1.NvmeNamespace](t, codes.Unimplemented)(l.fe.UpdateNvmeNamespace(ctx, &opiv1.UpdateNvmeNamespaceRequest{NvmeNamespace: changed}))
-	want[*opiv1.StatsNvmeNamespaceResponse](t, codes.Unimplemented)(l.fe.StatsNvmeNamespace(ctx, &opiv1.StatsNvmeNamespaceRequest{Name: made.Name})) // of this target
+	if r := must[*opiv1.StatsNvmeNamespaceResponse](t)(l.fe.StatsNvmeNamespace(ctx, &opiv1.StatsNvmeNamespaceRequest{Name: made.Name})); r.GetStats() == nil || r.Stats.WriteOpsCount != 0 {
+		t.Errorf("%v", r)
+	}
 	want[*emptypb.Empty](t, codes.OK)(l.fe.DeleteNvmeNamespace(ctx, &opiv1.DeleteNvmeNamespaceRequest{Name: made.Name}))
 	want[*emptypb.Empty](t, codes.NotFound)(l.fe.DeleteNvmeNamespace(ctx, &opiv1.DeleteNvmeNamespaceRequest{Name: made.Name}))
 	want[*emptypb.Empty](t, codes.OK)(l.fe.DeleteNvmeNamespace(ctx, &opiv1.DeleteNvmeNamespaceRequest{Name: made.Name, AllowMissing: true}))
@@ -441,9 +443,13 @@ func TestVolumes(t *testing.T) {
 	up.Name, up.Uuid = "mallocVolumes/m2", ""
 	mcode(t, codes.OK)(l.malloc.UpdateMallocVolume(ctx, &opiv1.UpdateMallocVolumeRequest{MallocVolume: up, AllowMissing: true}))
 
-	// This target has no null bdevs, and says so.
-	want[*opiv1.NullVolume](t, codes.Unimplemented)(l.null.CreateNullVolume(ctx, &opiv1.CreateNullVolumeRequest{NullVolumeId: "n0", NullVolume: &opiv1.NullVolume{BlockSize: 512, BlocksCount: 8}}))
-	want[*opiv1.NullVolume](t, codes.NotFound)(l.null.GetNullVolume(ctx, &opiv1.GetNullVolumeRequest{Name: "nullVolumes/n0"}))
+	n := must[*opiv1.NullVolume](t)(l.null.CreateNullVolume(ctx, &opiv1.CreateNullVolumeRequest{NullVolumeId: "n0", NullVolume: &opiv1.NullVolume{BlockSize: 512, BlocksCount: 8}}))
+	if have := must[*opiv1.NullVolume](t)(l.null.GetNullVolume(ctx, &opiv1.GetNullVolumeRequest{Name: "nullVolumes/n0"})); !proto.Equal(have, n) || have.BlocksCount != 8 {
+		t.Errorf("%v, created as %v", have, n)
+	}
+	want[*opiv1.NullVolume](t, codes.AlreadyExists)(l.null.CreateNullVolume(ctx, &opiv1.CreateNullVolumeRequest{NullVolumeId: "n0", NullVolume: &opiv1.NullVolume{BlockSize: 512, BlocksCount: 9}}))
+	want[*emptypb.Empty](t, codes.OK)(l.null.DeleteNullVolume(ctx, &opiv1.DeleteNullVolumeRequest{Name: n.Name}))
+	want[*opiv1.NullVolume](t, codes.NotFound)(l.null.GetNullVolume(ctx, &opiv1.GetNullVolumeRequest{Name: n.Name}))
 }
 
 func TestUnavailable(t *testing.T) {

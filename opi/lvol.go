@@ -144,6 +144,28 @@ func (b *Bridge) sureLvol(ctx context.Context, store, name string) (*lvol, error
 	return b.lvol(ctx, store, name)
 }
 
+// ensureLvol is ensure for an lvol. One without a bdev is looked for only when creating
+// fails: the list of all is long.
+func (b *Bridge) ensureLvol(ctx context.Context, store, name string, same func(*lvol) error, create func() error) (*lvol, error) {
+	l, err := b.lvolBdev(ctx, store, name)
+	if err != nil {
+		return nil, err
+	}
+	if l == nil {
+		cerr := create()
+		if l, err = b.lvol(ctx, store, name); err != nil {
+			if cerr != nil {
+				err = cerr // why it is not there
+			}
+			return nil, err
+		}
+	}
+	if err := same(l); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
 func (b *Bridge) lvolNamed(ctx context.Context, name string) (*lvol, error) {
 	texts, err := parse(name, lvolStores, lvols)
 	if err != nil {
@@ -188,7 +210,7 @@ func (b *Bridge) CreateLvol(ctx context.Context, r *lvolv1.CreateLvolRequest) (*
 	if err != nil {
 		return nil, err
 	}
-	l, err := ensure(func() (*lvol, error) { return b.lvol(ctx, s.Name, r.GetLvolId()) }, func(l *lvol) error {
+	l, err := b.ensureLvol(ctx, s.Name, r.GetLvolId(), func(l *lvol) error {
 		switch {
 		case l.IsSnapshot:
 			return kind.Errorf(kind.Exists, "%s exists and is a snapshot: delete it first", l.name())
@@ -217,7 +239,7 @@ func (b *Bridge) SnapshotLvol(ctx context.Context, r *lvolv1.SnapshotLvolRequest
 	if err != nil {
 		return nil, err
 	}
-	made, err := ensure(func() (*lvol, error) { return b.lvol(ctx, l.store.Name, r.GetSnapshotId()) }, func(have *lvol) error {
+	made, err := b.ensureLvol(ctx, l.store.Name, r.GetSnapshotId(), func(have *lvol) error {
 		at, err := b.lvol(ctx, l.store.Name, l.Name) // as it is now
 		for range maxAncestors {
 			if err != nil {
@@ -249,7 +271,7 @@ func (b *Bridge) CloneLvol(ctx context.Context, r *lvolv1.CloneLvolRequest) (*lv
 	if err != nil {
 		return nil, err
 	}
-	made, err := ensure(func() (*lvol, error) { return b.lvol(ctx, s.store.Name, r.GetLvolId()) }, func(have *lvol) error {
+	made, err := b.ensureLvol(ctx, s.store.Name, r.GetLvolId(), func(have *lvol) error {
 		if have.detail().BaseSnapshot != s.Name || have.IsSnapshot {
 			return kind.Errorf(kind.Exists, "%s exists and is no clone of %s: delete it first", have.name(), s.name())
 		}
@@ -275,7 +297,7 @@ func (b *Bridge) CloneVolume(ctx context.Context, r *lvolv1.CloneVolumeRequest) 
 		return nil, err
 	}
 	ours := false
-	made, err := ensure(func() (*lvol, error) { return b.lvol(ctx, s.Name, r.GetLvolId()) }, func(have *lvol) error {
+	made, err := b.ensureLvol(ctx, s.Name, r.GetLvolId(), func(have *lvol) error {
 		if !have.IsEsnapClone || have.bdev != nil && !b.isBdev(ctx, have.detail().ExternalSnapshotName, parent) {
 			return kind.Errorf(kind.Exists, "%s exists and is no clone of %s: delete it first", have.name(), volumeName(parent))
 		}
@@ -379,7 +401,7 @@ func (b *Bridge) RenameLvol(ctx context.Context, r *lvolv1.RenameLvolRequest) (*
 	if err := canonical(r.GetUuid()); err != nil {
 		return nil, err
 	}
-	l, err := ensure(func() (*lvol, error) { return b.lvol(ctx, texts[0], r.GetLvolId()) }, func(have *lvol) error {
+	l, err := b.ensureLvol(ctx, texts[0], r.GetLvolId(), func(have *lvol) error {
 		if have.UUID != r.Uuid {
 			return differs(have.name(), "uuid", have.UUID, r.Uuid)
 		}

@@ -2,6 +2,7 @@ package opi
 
 import (
 	"context"
+	"errors"
 	"strings"
 
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -27,7 +28,7 @@ func (b *Bridge) store(ctx context.Context, name string) (*spdk.LvolStore, error
 		return nil, err
 	}
 	list, err := b.spdk.BdevLvolGetLvstores(ctx, name)
-	if err != nil {
+	if err != nil && !errors.Is(err, kind.NotFound) {
 		return nil, err
 	}
 	for i := range list {
@@ -35,8 +36,13 @@ func (b *Bridge) store(ctx context.Context, name string) (*spdk.LvolStore, error
 			return &list[i], nil
 		}
 	}
-	return nil, kind.Errorf(kind.NotFound, "the target has no lvstore %s", name)
+	return nil, kind.Wrap(kind.NotFound, &noStore{name})
 }
+
+// noStore is kind.NotFound of an lvstore. Refusals tells it from that of what is in one.
+type noStore struct{ name string }
+
+func (e *noStore) Error() string { return "the target has no lvstore " + e.name }
 
 func (b *Bridge) storeNamed(ctx context.Context, name string) (*spdk.LvolStore, error) {
 	id, err := parse1(name, lvolStores)

@@ -19,10 +19,11 @@ import (
 func (b *Bridge) subsystem(ctx context.Context, nqn string) (*spdk.Subsystem, error) {
 	list, err := b.spdk.NvmfGetSubsystems(ctx, nqn)
 	var e *spdk.Error
-	if errors.As(err, &e) { // versions differ in the code for none, which must not be taken for another failure
+	// Versions differ in the code for none, which must not be taken for another failure.
+	if errors.As(err, &e) && !errors.Is(err, kind.NotFound) {
 		list, err = b.spdk.NvmfGetSubsystems(ctx, "")
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, kind.NotFound) {
 		return nil, err
 	}
 	for i := range list {

@@ -8,6 +8,9 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/status"
+
 	lvolv1 "github.com/thaw-project/thaw/api/lvol/v1"
 	"github.com/thaw-project/thaw/attacher"
 	"github.com/thaw-project/thaw/failpoint"
@@ -69,19 +72,32 @@ func (b *Backend) lookup(ctx context.Context, name string) (l *lvolv1.Lvol, err 
 	}
 	err = b.again(ctx, func() error {
 		l, err = b.lvols.GetLvol(ctx, &lvolv1.GetLvolRequest{Name: b.lvolName(name)})
-		if !errors.Is(err, kind.NotFound) {
-			return err
+		if noStore(err) {
+			return kind.Errorf(kind.Unavailable, "the target does not have lvstore %s now", b.o.LvStore)
 		}
-		if err := b.present(ctx); err != nil {
-			return err
-		}
-		l, err = b.lvols.GetLvol(ctx, &lvolv1.GetLvolRequest{Name: b.lvolName(name)})
 		return err
 	})
 	if errors.Is(err, kind.NotFound) {
 		return nil, notFound(name)
 	}
 	return l, err
+}
+
+// noStore tells whether it is the lvstore that the bridge did not find.
+func noStore(err error) bool {
+	if !errors.Is(err, kind.NotFound) {
+		return false
+	}
+	var s interface{ GRPCStatus() *status.Status }
+	if !errors.As(err, &s) {
+		return false
+	}
+	for _, d := range s.GRPCStatus().Details() {
+		if r, ok := d.(*errdetails.ResourceInfo); ok && r.GetResourceType() == "lvolStores" {
+			return true
+		}
+	}
+	return false
 }
 
 // change asks the target for a change of what lookup found. The bridge's calls may be
@@ -320,11 +336,17 @@ func (b *Backend) Delete(name string) error {
 	defer unlock()
 	err = b.again(ctx, func() error {
 		_, err := b.lvols.DeleteLvol(ctx, &lvolv1.DeleteLvolRequest{Name: b.lvolName(name)})
-		if errors.Is(err, kind.NotFound) {
-			if err := b.present(ctx); err != nil { // rather than deleted
-				return err
+		switch {
+		case noStore(err):
+			return kind.Errorf(kind.Unavailable, "the target does not have lvstore %s now", b.o.LvStore)
+		case errors.Is(err, kind.NotFound): // by a call that was not answered, or not loaded yet
+			_, err = b.lookup(ctx, name)
+			if errors.Is(err, kind.NotFound) {
+				return nil
 			}
-			_, err = b.lvols.DeleteLvol(ctx, &lvolv1.DeleteLvolRequest{Name: b.lvolName(name), AllowMissing: true})
+			if err == nil {
+				err = kind.Errorf(kind.Unavailable, "the target has only now loaded it")
+			}
 		}
 		return err
 	})
