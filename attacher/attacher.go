@@ -118,6 +118,9 @@ type Options struct {
 	// Logger is where repairs and failures in the background go; nil is silence.
 	Logger *slog.Logger
 	Now    func() time.Time // nil is time.Now
+
+	step func(name string) // of Attacher; nil is failpoint.Reach
+	idle bool              // no background work: what tests abandon must not go on
 }
 
 func (o *Options) ensureDefaults() {
@@ -135,6 +138,9 @@ func (o *Options) ensureDefaults() {
 	}
 	if o.Now == nil {
 		o.Now = time.Now
+	}
+	if o.step == nil {
+		o.step = func(name string) { failpoint.Reach("attacher." + name) }
 	}
 }
 
@@ -199,7 +205,7 @@ func New(o Options) (*Attacher, error) {
 	a := &Attacher{
 		o: o, db: db, holds: make(map[string]*hold), uses: make(map[string]map[string]struct{}), nsids: make(map[string]map[uint32]struct{}), named: make(map[string]int), doubts: make(map[string]struct{}),
 		wake: make(chan struct{}, 1), soon: make(chan struct{}, 1),
-		step: func(name string) { failpoint.Reach("attacher." + name) },
+		step: o.step,
 	}
 	a.life, a.end = context.WithCancel(context.Background())
 	if err := a.recover(); err != nil {
@@ -207,7 +213,9 @@ func New(o Options) (*Attacher, error) {
 		db.Close()
 		return nil, fmt.Errorf("start attacher from %s: %w", o.DBPath, err)
 	}
-	a.own.Go(a.sweeper)
+	if !o.idle {
+		a.own.Go(a.sweeper)
+	}
 	return a, nil
 }
 

@@ -59,14 +59,18 @@ func newHost(t *testing.T) *host {
 
 func (h *host) start(grace time.Duration) *Attacher {
 	h.Helper()
+	return h.startWith(Options{HoldGrace: grace})
+}
+
+func (h *host) startWith(o Options) *Attacher {
+	h.Helper()
 	var lvols LvolStore = h.store
 	if h.wrap != nil {
 		lvols = h.wrap(lvols)
 	}
-	a, err := New(Options{
-		Lvols: lvols, Presenter: h.presenter, DBPath: h.db, Target: "t", HoldGrace: grace, Exporter: h.exporter,
-		Sync: func(context.Context, string) error { return nil },
-	})
+	o.Lvols, o.Presenter, o.DBPath, o.Target, o.Exporter = lvols, h.presenter, h.db, "t", h.exporter
+	o.Sync = func(context.Context, string) error { return nil }
+	a, err := New(o)
 	if err != nil {
 		h.Fatal(err)
 	}
@@ -86,10 +90,8 @@ func holdNow(h *host, a *Attacher, owner string) {
 // it reached.
 func (h *host) crash(step string, nth int, call func(*Attacher) error) (steps []string) {
 	h.Helper()
-	a := h.start(time.Hour)
-	holdNow(h, a, "c")
 	end := make(chan error, 1)
-	a.step = func(name string) {
+	a := h.startWith(Options{HoldGrace: time.Hour, idle: true, step: func(name string) {
 		steps = append(steps, name)
 		if name == step {
 			if nth--; nth < 0 {
@@ -97,12 +99,13 @@ func (h *host) crash(step string, nth int, call func(*Attacher) error) (steps []
 				runtime.Goexit() // runs unlocks and nothing that writes
 			}
 		}
-	}
+	}})
+	holdNow(h, a, "c")
 	go func() { end <- call(a) }()
 	if err := <-end; err != nil {
 		h.Fatal(err)
 	}
-	a.end() // the background work of a killed process is dead, too
+	a.end() // the goroutines of a killed process are dead, too
 	a.own.Wait()
 	a.db.Close()
 	return steps
@@ -356,6 +359,75 @@ func TestKilledAtEveryStep(t *testing.T) {
 				t.Error("it has no steps")
 			}
 		})
+	}
+}
+
+// nodeOperations are all that change something for a node.
+func nodeOperations() []operation {
+	finished := chain(convertedImage, endHold)
+	made := chain(finished, attachRW("n", "c1", soldier))
+	return []operation{
+		{"attach", finished, attachTo("n", soldier)},
+		{"detach", chain(finished, attachTo("n", soldier)), detachFrom("n", soldier)},
+		{"attach writable", finished, attachRW("n", "c1", soldier)},
+		{"attach writable again", chain(made, detachRW("n", "c1")), attachRW("n", "c1", soldier)},
+		{"detach writable", made, detachRW("n", "c1")},
+		{"delete writable", made, deleteRW("n", "c1")},
+		{"delete detached writable", chain(made, detachRW("n", "c1")), deleteRW("n", "c1")},
+	}
+}
+
+// TestKilledAtEveryPair kills each operation at one step, and its repetition at the next
+// attacher at another: the third ends as an undisturbed one does.
+func TestKilledAtEveryPair(t *testing.T) {
+	for _, o := range append(operations(), nodeOperations()...) {
+		t.Run(o.name, func(t *testing.T) {
+			t.Parallel()
+			prepare := func() *host {
+				h, _ := exporting(t)
+				if o.before != nil {
+					h.crash("", 0, o.before)
+				}
+				return h
+			}
+			h := prepare()
+			steps := slices.Compact(slices.Sorted(slices.Values(h.crash("", 0, o.crash))))
+			wantLvols, wantDisks := h.lvols(), h.disks()
+			for _, first := range steps {
+				if testing.Short() && first != steps[len(steps)/2] {
+					continue
+				}
+				for _, second := range steps {
+					where := fmt.Sprintf("killed at %q and %q", first, second)
+					h := prepare()
+					h.crash(first, 0, o.crash)
+					h.crash(second, 0, retried(o.crash))
+					a := h.start(time.Hour)
+					holdNow(h, a, "c")
+					if err := retried(o.crash)(a); err != nil {
+						t.Errorf("%s: %v", where, err)
+					}
+					converge(t, where, func() string {
+						if lvols, disks := h.lvols(), h.disks(); !slices.Equal(lvols, wantLvols) || !slices.Equal(disks, wantDisks) {
+							return fmt.Sprintf("lvols %q, want %q; disks %q, want %q", lvols, wantLvols, disks, wantDisks)
+						}
+						return ""
+					})
+					a.Close()
+				}
+			}
+		})
+	}
+}
+
+// retried is a call that finds the sweep at its own work and waits for it.
+func retried(call func(*Attacher) error) func(*Attacher) error {
+	return func(a *Attacher) error {
+		for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+			if err := call(a); kind.Of(err) != kind.InUse || time.Since(begin) > 10*time.Second {
+				return err
+			}
+		}
 	}
 }
 

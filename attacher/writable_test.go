@@ -216,18 +216,8 @@ func TestWritable(t *testing.T) {
 // TestWritableKilledAtEveryStep: repeated, an operation ends as an undisturbed one does; and
 // whatever was interrupted, its node can delete.
 func TestWritableKilledAtEveryStep(t *testing.T) {
-	finished := chain(convertedImage, endHold)
-	made := chain(finished, attachRW("n", "c1", soldier))
-	for _, o := range []struct {
-		name          string
-		before, crash func(*Attacher) error
-	}{
-		{"attach", finished, attachRW("n", "c1", soldier)},
-		{"attach again", chain(made, detachRW("n", "c1")), attachRW("n", "c1", soldier)},
-		{"detach", made, detachRW("n", "c1")},
-		{"delete", made, deleteRW("n", "c1")},
-		{"delete detached", chain(made, detachRW("n", "c1")), deleteRW("n", "c1")},
-	} {
+	made := chain(convertedImage, endHold, attachRW("n", "c1", soldier))
+	for _, o := range nodeOperations()[2:] {
 		t.Run(o.name, func(t *testing.T) {
 			h, _ := exporting(t)
 			h.crash("", 0, o.before)
