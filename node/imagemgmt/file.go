@@ -17,13 +17,20 @@ import (
 
 // fileLayers keeps writable layers as qcow2 files. What belongs to one has names that
 // begin with the file's.
-type fileLayers struct{}
+type fileLayers struct {
+	lookup func(ctx context.Context, block Block) error
+	open   present.Opener // nil: sizes must be given
+}
 
 func (fileLayers) Source(_ string, l Layer) present.Source {
 	return present.Source{Kind: present.SourceQcow2, Lvol: l.Block.Name, Target: l.Block.Target, Path: l.Path}
 }
 
-func (fileLayers) Make(_ context.Context, _ string, l Layer, made bool) error {
+func (f fileLayers) Make(ctx context.Context, _ string, l Layer, made bool) error {
+	// The layer reads what is below it here.
+	if err := f.lookup(ctx, l.Block); err != nil {
+		return err
+	}
 	_, err := os.Lstat(l.Path)
 	switch {
 	case err == nil:
@@ -33,6 +40,11 @@ func (fileLayers) Make(_ context.Context, _ string, l Layer, made bool) error {
 	case made:
 		return kind.Errorf(kind.NotFound, "the file %s of the writable layer is gone", l.Path)
 	}
+	if l.SizeBytes == 0 {
+		if l.SizeBytes, err = f.sizeOf(l.Block); err != nil {
+			return fmt.Errorf("size of block %s: %w", l.Block.Name, err)
+		}
+	}
 	// Lazy reference counts: one flush less per allocation; qcow2 repairs them after a
 	// crash. The file is there whole or not at all.
 	err = qcow2.Create(l.Path, qcow2.CreateOptions{SizeBytes: l.SizeBytes, BackingFile: l.Block.Name, BackingFormat: "raw", LazyRefcounts: true})
@@ -40,6 +52,17 @@ func (fileLayers) Make(_ context.Context, _ string, l Layer, made bool) error {
 		return nil
 	}
 	return err
+}
+
+func (f fileLayers) sizeOf(b Block) (int64, error) {
+	if f.open == nil {
+		return 0, kind.Errorf(kind.Unsupported, "blocks are not opened here")
+	}
+	d, err := f.open(b.source(), true)
+	if err != nil {
+		return 0, err
+	}
+	return d.SizeBytes(), d.Close()
 }
 
 func (fileLayers) Release(context.Context, string, Layer) error { return nil }

@@ -114,8 +114,8 @@ type Layers interface {
 	// Source is what a presenter shows of a layer that is there, as disk id.
 	Source(id string, l Layer) present.Source
 
-	// Make makes the layer, of l.SizeBytes, unless it is there, and makes it ready to be
-	// presented. made says that it was made before: then one that is not there is
+	// Make makes the layer, of l.SizeBytes or its block's size, unless it is there, and makes
+	// it ready to be presented. made says that it was made before: then one that is not there is
 	// kind.NotFound.
 	Make(ctx context.Context, id string, l Layer, made bool) error
 

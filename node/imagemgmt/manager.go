@@ -131,7 +131,7 @@ func New(o Options) (*Manager, error) {
 		return nil, kind.Errorf(kind.Invalid, "image-mgmt needs a presenter, a lookup and a database path")
 	}
 	if o.Layers == nil {
-		o.Layers = fileLayers{}
+		o.Layers = fileLayers{o.Lookup, o.Open}
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)

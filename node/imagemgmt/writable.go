@@ -89,19 +89,11 @@ func (m *Manager) showWritable(ctx context.Context, id string, w *writer, l Laye
 	}
 	defer m.leaveSlot()
 	if !known {
-		if err := m.o.Lookup(ctx, l.Block); err != nil {
-			return present.Disk{}, false, err
-		}
 		m.mu.Lock()
 		r := m.layers[id]
 		m.mu.Unlock()
 		if !r.Made {
 			r = layerRecord{Block: l.Block.Name, Target: l.Block.Target, SizeBytes: l.SizeBytes}
-			if r.SizeBytes == 0 {
-				if r.SizeBytes, err = m.sizeOf(l.Block); err != nil {
-					return present.Disk{}, false, err
-				}
-			}
 		}
 		r.Path = l.Path
 		if err := m.putWriter(id, w.writerRecord, r); err != nil {
@@ -140,9 +132,6 @@ func (m *Manager) showWritable(ctx context.Context, id string, w *writer, l Laye
 
 // presentLayer makes the layer id unless it was made before, and shows it.
 func (m *Manager) presentLayer(ctx context.Context, id string, l Layer) (present.Disk, error) {
-	if err := m.o.Lookup(ctx, l.Block); err != nil {
-		return present.Disk{}, err
-	}
 	m.mu.Lock()
 	r, recorded := m.layers[id]
 	m.mu.Unlock()
@@ -165,26 +154,6 @@ func (m *Manager) presentLayer(ctx context.Context, id string, l Layer) (present
 		m.step("attach writable: recorded as made")
 	}
 	return m.o.Presenter.Present(ctx, id, m.o.Layers.Source(id, l), false)
-}
-
-// sizeOf is the size of a block that can be opened, 0 where this machine does not open
-// blocks.
-func (m *Manager) sizeOf(b Block) (int64, error) {
-	m.mu.Lock()
-	if e := m.blocks[b.Name]; e != nil && e.shown && e.disk.SizeBytes > 0 {
-		defer m.mu.Unlock()
-		return e.disk.SizeBytes, nil
-	}
-	m.mu.Unlock()
-	if m.o.Open == nil {
-		return 0, nil
-	}
-	d, err := m.o.Open(b.source(), true)
-	if err != nil {
-		return 0, fmt.Errorf("size of block %s: %w", b.Name, err)
-	}
-	size := d.SizeBytes()
-	return size, d.Close()
 }
 
 // DetachWritable implements Service. While the kernel has the disk open it is

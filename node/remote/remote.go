@@ -33,8 +33,12 @@ import (
 	"github.com/thaw-project/thaw/target/bdev"
 )
 
-// TransportTCP is NVMe/TCP.
-const TransportTCP = "nvme-tcp"
+// The transports of a store's blocks.
+const (
+	TransportTCP  = "nvme-tcp"
+	TransportRDMA = "nvme-rdma" // for a kernel's NVMe host or a card, not for this process
+	TransportRBD  = "rbd"       // Ceph's, through Options.OpenRBD
+)
 
 const (
 	// DefaultLossTimeout is how long reads wait for a store that is away before they
@@ -56,7 +60,7 @@ type TargetOptions struct {
 	Attacher  string // "host:port" of its attacher, or the path of its Unix socket on this machine
 	Files     rpc.Files
 	Node      string // who calls on a Unix socket; on the network the certificate says it
-	Transport string // TransportTCP if empty
+	Transport string // by which blocks are asked for; TransportTCP if empty
 	// LossTimeout is DefaultLossTimeout if 0.
 	LossTimeout time.Duration
 }
@@ -66,7 +70,10 @@ type Options struct {
 	Targets []TargetOptions
 	// DBPath is the database of what is attached, remote.db.
 	DBPath string
-	Logger *slog.Logger // nil is silence
+	// OpenRBD opens an image of Ceph for reading; nil when this program cannot
+	// (kind.Unsupported). It heeds ctx, which ends with the device.
+	OpenRBD func(ctx context.Context, image RBDImage) (bdev.Device, error)
+	Logger  *slog.Logger // nil is silence
 	// Registerer, if not nil, gets the metrics (thaw_remote_*).
 	Registerer prometheus.Registerer
 
@@ -85,9 +92,10 @@ type Remote struct {
 
 	kernelHost atomic.Bool
 
-	mu      sync.Mutex
-	records map[string]*record // guarded by mu, as what it points to: by key
-	closed  bool               // guarded by mu
+	mu        sync.Mutex
+	records   map[string]*record // guarded by mu, as what it points to: by key
+	writables map[string]*record // guarded by mu, as what it points to: by key of target and id
+	closed    bool               // guarded by mu
 
 	life   context.Context // ends with Close
 	cancel context.CancelFunc
@@ -113,8 +121,11 @@ func New(o Options) (*Remote, error) {
 		if t.LossTimeout == 0 {
 			t.LossTimeout = DefaultLossTimeout
 		}
-		if t.Name == "" || t.Transport != TransportTCP || t.LossTimeout < 0 || r.targets[t.Name] != nil {
-			return nil, kind.Errorf(kind.Invalid, "remote target %.80q: name twice or empty, or transport %.40q not %s", t.Name, t.Transport, TransportTCP)
+		if t.Name == "" || t.LossTimeout < 0 || r.targets[t.Name] != nil {
+			return nil, kind.Errorf(kind.Invalid, "remote target %.80q: name twice or empty", t.Name)
+		}
+		if t.Transport != TransportTCP && t.Transport != TransportRDMA && t.Transport != TransportRBD {
+			return nil, kind.Errorf(kind.Invalid, "remote target %s: transport %.40q is not %s, %s or %s", t.Name, t.Transport, TransportTCP, TransportRDMA, TransportRBD)
 		}
 		r.targets[t.Name] = newTarget(r, t)
 	}
@@ -122,7 +133,7 @@ func New(o Options) (*Remote, error) {
 	if r.db, err = openDB(o.DBPath); err != nil {
 		return nil, err
 	}
-	if r.records, err = load(r.db); err != nil {
+	if r.records, r.writables, err = load(r.db); err != nil {
 		r.db.Close()
 		return nil, fmt.Errorf("start remote targets from %s: %w", o.DBPath, err)
 	}
@@ -136,8 +147,8 @@ func New(o Options) (*Remote, error) {
 	return r, nil
 }
 
-// SetKernelHost says whether the host's kernel connects to the stores. Attach then does
-// not wait for this process to see a block.
+// SetKernelHost says whether the host's kernel or a card connects to the stores, and this
+// process does not. Attach then does not wait for this process to see a block.
 func (r *Remote) SetKernelHost(yes bool) { r.kernelHost.Store(yes) }
 
 // Start begins to bring the stores' attachments in line with inUse, which tells
@@ -193,8 +204,10 @@ func (r *Remote) Attach(ctx context.Context, targetName, block string) error {
 	if _, ok := r.record(targetName, block); ok {
 		return nil
 	}
-	err = t.attach(ctx, block)
-	if err == nil && !r.kernelHost.Load() {
+	if err = r.usable(t.o.Transport); err == nil {
+		err = t.attach(ctx, block)
+	}
+	if rec, ok := r.record(targetName, block); err == nil && ok && r.readsItself(rec.Transport) {
 		err = r.visible(ctx, t, block)
 	}
 	if err != nil {
@@ -204,12 +217,38 @@ func (r *Remote) Attach(ctx context.Context, targetName, block string) error {
 	return nil
 }
 
+// readsItself tells whether this process is who reads what is attached by a transport.
+// Ceph's images are never the kernel's here; with a card OpenRBD is not set.
+func (r *Remote) readsItself(transport string) bool {
+	return !r.kernelHost.Load() || transport == TransportRBD && r.o.OpenRBD != nil
+}
+
+// usable tells whether somebody here can read what is attached by a transport.
+func (r *Remote) usable(transport string) error {
+	switch {
+	case r.kernelHost.Load():
+	case transport == TransportRDMA:
+		return kind.Errorf(kind.Unsupported, "transport %s needs presentation nvme-fabrics or a card", transport)
+	case transport == TransportRBD && r.o.OpenRBD == nil:
+		return kind.Errorf(kind.Unsupported, "this program was built without Ceph: transport %s needs the build tag ceph", transport)
+	}
+	return nil
+}
+
 // visible waits until this process reaches a block that was just attached, so that a
 // store that answers calls and serves no data is found out before somebody mounts it.
 func (r *Remote) visible(ctx context.Context, t *target, block string) error {
-	d := t.device(block, 0)
-	defer d.Close()
-	if _, err := d.host(ctx); err != nil {
+	var err error
+	if rec, ok := r.record(t.o.Name, block); ok && rec.RBD != nil {
+		d := t.imageDevice(block, rec)
+		_, err = d.open(ctx)
+		d.Close()
+	} else {
+		d := t.device(block, 0)
+		_, err = d.host(ctx)
+		d.Close()
+	}
+	if err != nil {
 		return kind.Wrap(kind.Unavailable, fmt.Errorf("it is attached and cannot be reached: %w", err))
 	}
 	return nil
@@ -228,10 +267,11 @@ func (r *Remote) Detach(ctx context.Context, targetName, block string) error {
 		return fmt.Errorf("detach block %s of target %s: %w", block, targetName, err)
 	}
 	defer unlock()
-	if _, ok := r.record(targetName, block); !ok {
+	rec, ok := r.record(targetName, block)
+	if !ok {
 		return nil
 	}
-	if err := t.detach(ctx, block); err != nil {
+	if err := t.detach(ctx, block, rec.Attachment); err != nil {
 		return fmt.Errorf("detach block %s of target %s: %w", block, targetName, err)
 	}
 	return nil
@@ -256,16 +296,33 @@ func (r *Remote) Open(targetName, block string) (bdev.Device, error) {
 	if !ok {
 		return nil, kind.Errorf(kind.NotFound, "block %s of target %s is not attached", block, targetName)
 	}
+	if err := r.usable(rec.Transport); err != nil {
+		return nil, fmt.Errorf("block %s of target %s: %w", block, targetName, err)
+	}
+	if rec.RBD != nil {
+		return t.imageDevice(block, rec), nil
+	}
 	return t.device(block, rec.SizeBytes), nil
 }
 
-// Export is how a host's own initiator reaches an attached block.
+// Export is how a host's own initiator, or a client of Ceph, reaches an attached block.
 type Export struct {
+	Transport                  string
 	Subsystem, HostNQN, HostID string
 	Portals                    []Portal
 	NSID                       uint32
 	UUID                       string
 	SizeBytes                  int64
+	Writable                   bool
+	RBD                        *RBDImage // with TransportRBD, instead of what NVMe needs
+}
+
+// RBDImage is an image of Ceph: a snapshot of one, or one that is written to.
+type RBDImage struct {
+	Cluster  string `json:"cluster,omitempty"` // its fsid
+	Pool     string `json:"pool"`
+	Image    string `json:"image"`
+	Snapshot string `json:"snapshot,omitempty"`
 }
 
 // Portal is an address of a store: Transport is "tcp" or "rdma", Address an IP address,
@@ -283,6 +340,27 @@ func (r *Remote) Export(targetName, block string) (Export, error) {
 		return Export{}, kind.Errorf(kind.NotFound, "block %s of target %s is not attached", block, targetName)
 	}
 	return rec.export(), nil
+}
+
+// Attachment is Attach, and returns what the store answered, for who reaches the store
+// instead of this machine.
+func (r *Remote) Attachment(ctx context.Context, targetName, block string) (*attacherv1.Attachment, error) {
+	if err := r.Attach(ctx, targetName, block); err != nil {
+		return nil, err
+	}
+	rec, ok := r.record(targetName, block)
+	if !ok {
+		return nil, kind.Errorf(kind.Unavailable, "block %s of target %s was detached meanwhile", block, targetName)
+	}
+	return rec.proto(block, ""), nil
+}
+
+// Doubt has the store asked again for an attached block that could not be reached by what is
+// on record. It does not wait.
+func (r *Remote) Doubt(targetName, block string) {
+	if t := r.targets[targetName]; t != nil {
+		_ = t.doubt(block)
+	}
 }
 
 // Node returns the client of a target's attacher.
@@ -310,7 +388,7 @@ func (r *Remote) put(targetName, block string, rec record, m *attacherv1.BlockMa
 	if ok && old.equal(rec) && m == nil {
 		return nil
 	}
-	if ok && (old.SizeBytes != rec.SizeBytes || old.UUID != rec.UUID) {
+	if ok && !old.sameBytes(rec) {
 		// Whoever has it mounted, and its map, mean the one that is gone.
 		return kind.Errorf(kind.Corrupt, "block %s of target %s was deleted there and made again while it is in use here: stop the containers that use it and start them again", block, targetName)
 	}

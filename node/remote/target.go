@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/kind"
 )
 
@@ -68,7 +69,11 @@ func (t *target) attach(ctx context.Context, block string) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Reach("remote.attach: asked")
 	rec, err := recordOf(a)
+	if err == nil && rec.Block != "" {
+		err = kind.Errorf(kind.Corrupt, "it can be written")
+	}
 	if err != nil {
 		return fmt.Errorf("the store's answer makes no sense: %w", err)
 	}
@@ -82,6 +87,7 @@ func (t *target) attach(ctx context.Context, block string) error {
 	if err := t.r.put(t.o.Name, block, rec, m); err != nil {
 		return err
 	}
+	failpoint.Reach("remote.attach: recorded")
 	t.mu.Lock()
 	delete(t.doubts, block)
 	delete(t.lost, block)
@@ -90,20 +96,35 @@ func (t *target) attach(ctx context.Context, block string) error {
 	return nil
 }
 
-// detach has the store take block away and forgets it.
-func (t *target) detach(ctx context.Context, block string) error {
+// detach has the store take block away and forgets it. attachment is the store's identifier
+// of what is meant, or empty. The caller has the block's key locked.
+func (t *target) detach(ctx context.Context, block, attachment string) error {
 	c, err := t.client()
 	if err != nil {
 		return err
 	}
 	// The last block takes the subsystem along: leave before it goes.
 	t.prune(block)
-	if _, err := c.DetachBlock(ctx, &attacherv1.DetachBlockRequest{Block: block}); err != nil && !errors.Is(err, kind.NotFound) {
+	_, err = c.DetachBlock(ctx, &attacherv1.DetachBlockRequest{Block: block, AttachmentId: attachment})
+	if errors.Is(err, kind.InUse) && attachment != "" {
+		// What is on record is not what the store has: an answer was lost. Nobody else
+		// attaches for this node, so what it has is meant.
+		have, lerr := t.list(ctx)
+		if lerr != nil {
+			return lerr
+		}
+		if now, ok := have[block]; ok && now != attachment {
+			_, err = c.DetachBlock(ctx, &attacherv1.DetachBlockRequest{Block: block, AttachmentId: now})
+		}
+	}
+	if err != nil && !errors.Is(err, kind.NotFound) {
 		return err
 	}
+	failpoint.Reach("remote.detach: asked")
 	if err := t.r.drop(t.o.Name, block); err != nil {
 		return err
 	}
+	failpoint.Reach("remote.detach: recorded")
 	t.mu.Lock()
 	delete(t.doubts, block)
 	delete(t.lost, block)
@@ -177,16 +198,17 @@ func (t *target) sweep(ctx context.Context, inUse func(block string) bool) error
 	t.mu.Unlock()
 	records := t.r.blocks(t.o.Name)
 	blocks := make(map[string]bool, len(records)) // those to look at; true: to attach again
+	var have map[string]string
 	for block := range records {
 		blocks[block] = dirty
 	}
 	err := func() error {
 		if dirty {
-			have, err := t.list(ctx)
-			if err != nil {
+			var err error
+			if have, err = t.list(ctx); err != nil {
 				return err
 			}
-			for _, block := range have {
+			for block := range have {
 				if _, ok := records[block]; !ok {
 					blocks[block] = false
 				}
@@ -202,7 +224,7 @@ func (t *target) sweep(ctx context.Context, inUse func(block string) bool) error
 		t.mu.Unlock()
 		var errs []error
 		for block, again := range blocks {
-			if err := t.settle(ctx, block, again, inUse); err != nil {
+			if err := t.settle(ctx, block, have[block], again, inUse); err != nil {
 				errs = append(errs, err)
 			}
 		}
@@ -216,7 +238,8 @@ func (t *target) sweep(ctx context.Context, inUse func(block string) bool) error
 	return err
 }
 
-func (t *target) list(ctx context.Context) ([]string, error) {
+// list asks the store which blocks it has for this node: their identifiers, by name.
+func (t *target) list(ctx context.Context) (map[string]string, error) {
 	c, err := t.client()
 	if err != nil {
 		return nil, err
@@ -227,16 +250,18 @@ func (t *target) list(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list attachments: %w", err)
 	}
-	var blocks []string
+	blocks := make(map[string]string)
 	for _, a := range resp.GetAttachments() {
-		blocks = append(blocks, a.GetBlock())
+		if !a.GetWritable() { // those are their owners' to end
+			blocks[a.GetBlock()] = a.GetAttachmentId()
+		}
 	}
 	return blocks, nil
 }
 
 // settle detaches a block that nobody uses, and attaches one that somebody does again if
-// so asked.
-func (t *target) settle(ctx context.Context, block string, again bool, inUse func(block string) bool) error {
+// so asked. attachment is what the store just called it, if it was asked.
+func (t *target) settle(ctx context.Context, block, attachment string, again bool, inUse func(block string) bool) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	unlock, err := t.r.keys.Lock(ctx, key(t.o.Name, block))
@@ -246,7 +271,10 @@ func (t *target) settle(ctx context.Context, block string, again bool, inUse fun
 	defer unlock()
 	// Under the lock: whoever wants the block is in use before he attaches.
 	if !inUse(block) {
-		if err := t.detach(ctx, block); err != nil {
+		if rec, ok := t.r.record(t.o.Name, block); ok && attachment == "" {
+			attachment = rec.Attachment
+		}
+		if err := t.detach(ctx, block, attachment); err != nil {
 			return fmt.Errorf("detach block %s: %w", block, err)
 		}
 		return nil
