@@ -278,7 +278,7 @@ func (c *Card) giveUp(d *disk) {
 func (c *Card) show(ctx context.Context, d *disk, s *steps) error {
 	volume := d.Volume
 	if d.Remote != nil {
-		if err := c.connect(ctx, d); err != nil {
+		if err := c.connect(ctx, d, false); err != nil {
 			return err
 		}
 		s.done("connected")
@@ -309,8 +309,16 @@ func (c *Card) showVolume(ctx context.Context, d *disk, volume string, s *steps)
 }
 
 // connect makes sure that the card is connected to the disk's store, by one portal at
-// least; the others follow in the background.
-func (c *Card) connect(ctx context.Context, d *disk) error {
+// least; the others follow in the background. The disk is among those that need the
+// controller, so that nobody deletes it from now on. again says that what was seen before
+// does not count.
+func (c *Card) connect(ctx context.Context, d *disk, again bool) error {
+	c.mu.Lock()
+	seen := c.paths[d.controller]
+	c.mu.Unlock()
+	if !again && d.Remote.reachedBy(seen) {
+		return nil
+	}
 	unlock, err := c.locks.Lock(ctx, d.controller)
 	if err != nil {
 		return err
@@ -320,16 +328,26 @@ func (c *Card) connect(ctx context.Context, d *disk) error {
 	if err != nil {
 		return err
 	}
-	if slices.ContainsFunc(d.Remote.Portals, func(p portal) bool { return slices.Contains(have, p.id()) }) {
-		return nil
+	if !d.Remote.reachedBy(have) {
+		if err := c.firstPath(ctx, d.controller, d.Remote, d.Remote.Portals); err != nil {
+			return err
+		}
+		if have, err = c.bridge.paths(ctx, d.controller); err != nil {
+			return err
+		}
+		if len(d.Remote.Portals) > 1 {
+			c.poke()
+		}
 	}
-	if err := c.firstPath(ctx, d.controller, d.Remote, d.Remote.Portals); err != nil {
-		return err
-	}
-	if len(d.Remote.Portals) > 1 {
-		c.poke()
-	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.paths[d.controller] = have
 	return nil
+}
+
+// reachedBy tells whether one of the paths is to one of the portals.
+func (r *remote) reachedBy(paths []string) bool {
+	return slices.ContainsFunc(r.Portals, func(p portal) bool { return slices.Contains(paths, p.id()) })
 }
 
 // firstPath connects to the first portal that answers: the next is tried when one failed or
@@ -393,7 +411,14 @@ func (c *Card) find(ctx context.Context, d *disk) (string, error) {
 		case err != nil && !errors.Is(err, kind.NotFound) && ctx.Err() == nil:
 			return "", err
 		case n%8 == 0:
-			if all, err := c.bridge.remoteVolumes(ctx, d.controller); err == nil && all[d.Remote.UUID] != "" {
+			all, err := c.bridge.remoteVolumes(ctx, d.controller)
+			if errors.Is(err, kind.NotFound) { // the target lost the connection meanwhile
+				err = c.connect(ctx, d, true)
+			}
+			if err != nil && ctx.Err() == nil {
+				return "", err
+			}
+			if all[d.Remote.UUID] != "" {
 				return all[d.Remote.UUID], nil
 			}
 		}
@@ -602,9 +627,13 @@ func (c *Card) dropRemote(ctx context.Context, controller string) error {
 
 // dropUnneeded is dropRemote for who has the controller's lock.
 func (c *Card) dropUnneeded(ctx context.Context, controller string) error {
-	if c.needed(controller) { // by now
+	c.mu.Lock()
+	if len(c.users[controller]) > 0 { // by now
+		c.mu.Unlock()
 		return nil
 	}
+	delete(c.paths, controller) // whoever needs it from now on waits for the lock
+	c.mu.Unlock()
 	_, err := call(ctx, c.bridge.remote.DeleteNvmeRemoteController, &opiv1.DeleteNvmeRemoteControllerRequest{Name: remoteName(controller), AllowMissing: true})
 	return err
 }

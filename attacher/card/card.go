@@ -24,7 +24,6 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -166,13 +165,14 @@ type Card struct {
 	mending  map[string]*mending            // guarded by mu: by remote controller
 	problems map[string]string              // guarded by mu: by NQN
 	left     map[string]bool                // guarded by mu: NQNs that a predecessor was attaching
+	paths    map[string][]string            // guarded by mu: ids of paths that were seen, by remote controller
+	queued   map[string]bool                // guarded by mu: locks for which something waits or goes on, see aside
 	closing  bool                           // guarded by mu
 	calls    sync.WaitGroup                 // Add under mu while not closing
 
 	busy busy // what functions show
 
 	slots chan struct{} // maxParallel: an element for each disk that is repaired or removed in the background
-	more  atomic.Bool   // there was no slot for one
 
 	life context.Context // ends with Stop
 	end  context.CancelFunc
@@ -203,7 +203,7 @@ func open(o Options, step func(string)) (*Card, error) {
 	c := &Card{
 		o: o, names: identity.Card{Host: o.Host}, db: db, bridge: newBridge(o.Bridge),
 		holds: make(map[string]*hold), users: make(map[string]map[string]struct{}), mending: make(map[string]*mending),
-		problems: make(map[string]string), left: make(map[string]bool), wake: make(chan struct{}, 1), slots: make(chan struct{}, maxParallel), step: step,
+		paths: make(map[string][]string), queued: make(map[string]bool), problems: make(map[string]string), left: make(map[string]bool), wake: make(chan struct{}, 1), slots: make(chan struct{}, maxParallel), step: step,
 	}
 	c.metrics = newMetrics(c)
 	c.life, c.end = context.WithCancel(context.Background())

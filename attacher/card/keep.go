@@ -124,6 +124,7 @@ func (c *Card) converge(ctx context.Context) error {
 	if err := c.sweep(ctx, v); err != nil {
 		return err
 	}
+	c.forgetPaths(v)
 	wanted := connections(all)
 	for controller, w := range wanted {
 		c.mend(controller, w, v.remotes[controller])
@@ -168,34 +169,31 @@ func (c *Card) tryLock(name string) (unlock func(), ok bool) {
 }
 
 // aside calls f in a goroutine of the card with a lock, so that rounds wait for no host and
-// no function; not at all when somebody has the lock, or in a later round when there is no
-// slot for it.
+// no function: once, however many rounds ask for it, and not at all when somebody else has
+// the lock by then. No more wait than there are disks, and what the last rounds found.
 func (c *Card) aside(lock string, f func()) {
-	select {
-	case c.slots <- struct{}{}:
-	default:
-		c.more.Store(true)
-		return
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	unlock, ok := c.tryLock(lock)
-	if !ok || c.closing {
-		if ok {
-			unlock()
-		}
-		<-c.slots
+	if c.closing || c.queued[lock] {
 		return
 	}
+	c.queued[lock] = true
 	c.own.Go(func() {
 		defer func() {
-			<-c.slots
-			if c.more.Swap(false) {
-				c.poke()
-			}
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			delete(c.queued, lock)
 		}()
-		defer unlock()
-		f()
+		select {
+		case c.slots <- struct{}{}:
+			defer func() { <-c.slots }()
+		case <-c.life.Done():
+			return
+		}
+		if unlock, ok := c.tryLock(lock); ok {
+			defer unlock()
+			f()
+		}
 	})
 }
 
@@ -288,6 +286,17 @@ func (c *Card) dropFunction(ctx context.Context, f Function, d *disk) {
 	}
 	c.metrics.orphans.Inc()
 	c.step("card.sweep: function")
+}
+
+// forgetPaths takes note of connections that the target lost.
+func (c *Card) forgetPaths(v view) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for controller := range c.paths {
+		if len(v.remotes[controller]) == 0 {
+			delete(c.paths, controller)
+		}
+	}
 }
 
 // connection is what the disks of one remote controller want.
