@@ -418,8 +418,12 @@ func (t *Target) getSubsystems(params json.RawMessage) (any, error) {
 		}
 		list = append(list, d)
 	}
-	for _, s := range tg.Subsystems() {
-		if p.NQN == "" || p.NQN == s.NQN {
+	if p.NQN != "" { // of many, which need not be looked at
+		if s, err := tg.Subsystem(p.NQN); err == nil {
+			list = append(list, describeSubsystem(s))
+		}
+	} else {
+		for _, s := range tg.Subsystems() {
 			list = append(list, describeSubsystem(s))
 		}
 	}
