@@ -115,6 +115,8 @@ var rules = []rule{
 		why: "conversion speaks to the storage side through the attacher only"},
 	{from: "attacher", direct: true, forbid: []string{"node/snapshotter", "node/imagemgmt", "image/convert", "daemon"},
 		why: "the attacher knows blocks and exports, not nodes or images"},
+	{from: "attacher/card", forbid: []string{"lvol", "qcow2", "target", "node", "image", "nvme", "nbd", "spdk", "opi", "daemon", "attacher/export", "attacher/backend"},
+		why: "a card's attacher speaks OPI to its bridge, and carries neither a store nor a target"},
 	{from: "attacher/backend/spdk", direct: true, forbid: []string{"spdk", "opi", "target/rpc", "target/nvmf", "attacher/export"},
 		why: "the backend knows the bridge's contract, not the bridge or the target"},
 	{from: "attacher/backend/backendtest", direct: true, forbid: []string{"attacher/backend", "attacher/export", "opi", "spdk", "target/nvmf"},
