@@ -47,7 +47,7 @@ func (c *Card) AttachDisk(ctx context.Context, r *attacherv1.AttachDiskRequest) 
 	if err != nil {
 		return nil, err
 	}
-	if err := c.enter(ctx); err != nil {
+	if err := c.enter(); err != nil {
 		return nil, err
 	}
 	defer c.calls.Done()
@@ -509,7 +509,7 @@ func (c *Card) DetachDisk(ctx context.Context, r *attacherv1.DetachDiskRequest) 
 	if purposes[r.GetPurpose()] == "" {
 		return nil, kind.Errorf(kind.Invalid, "detach disk %s: purpose %s", id, r.GetPurpose())
 	}
-	if err := c.enter(ctx); err != nil {
+	if err := c.enter(); err != nil {
 		return nil, err
 	}
 	defer c.calls.Done()

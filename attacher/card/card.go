@@ -32,7 +32,6 @@ import (
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/attacher/identity"
-	"github.com/thaw-project/thaw/attacher/rpc"
 	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/keylock"
 	"github.com/thaw-project/thaw/kind"
@@ -265,16 +264,9 @@ func (c *Card) Close() error {
 	return c.db.Close()
 }
 
-// enter counts a call in, unless its caller is another node than the card's host; leave it
-// with c.calls.Done.
-func (c *Card) enter(ctx context.Context) error {
-	node, remote, err := rpc.Node(ctx)
-	if err != nil {
-		return err
-	}
-	if remote && node != c.o.Host {
-		return kind.Errorf(kind.Denied, "node %s may not use the card of node %s", node, c.o.Host)
-	}
+// enter counts a call in; leave it with c.calls.Done. Who may call is for the server to
+// decide: whoever may has all disks of the host.
+func (c *Card) enter() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closing {
@@ -329,7 +321,7 @@ func (c *Card) needed(controller string) bool {
 
 // ListDisks implements attacherv1.CardServer.
 func (c *Card) ListDisks(ctx context.Context, _ *attacherv1.ListDisksRequest) (*attacherv1.ListDisksResponse, error) {
-	if err := c.enter(ctx); err != nil {
+	if err := c.enter(); err != nil {
 		return nil, err
 	}
 	defer c.calls.Done()
@@ -354,7 +346,7 @@ func (c *Card) ListDisks(ctx context.Context, _ *attacherv1.ListDisksRequest) (*
 // ListFunctions implements attacherv1.CardServer. It lists those that the card may use and
 // those that a disk has from when it might.
 func (c *Card) ListFunctions(ctx context.Context, _ *attacherv1.ListFunctionsRequest) (*attacherv1.ListFunctionsResponse, error) {
-	if err := c.enter(ctx); err != nil {
+	if err := c.enter(); err != nil {
 		return nil, err
 	}
 	defer c.calls.Done()

@@ -37,7 +37,7 @@ func (c *Card) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingServer
 		return err
 	}
 	ctx := stream.Context()
-	if err := c.enter(ctx); err != nil {
+	if err := c.enter(); err != nil {
 		return err
 	}
 	defer c.calls.Done()
