@@ -141,3 +141,51 @@ func TestImagesEmbedded(t *testing.T) {
 func TestImages(t *testing.T) {
 	prove(t, 30, func(t *testing.T) (*chain, subject) { return newShown(t, overSPDK) })
 }
+
+// dpu is a subject: a block that image-mgmt on a card shows to the card's host.
+type dpu struct {
+	*card
+	images *images
+}
+
+func newDPU(t *testing.T, b backend) (*chain, subject) {
+	c, k := newCard(t, b)
+	return c, &dpu{k, newImages(k.store, fmt.Sprintf("[images]\nmode = \"dpu\"\n[images.card]\naddress = %q\n", k.socket))}
+}
+
+func (d *dpu) do(ctx context.Context) error   { return d.images.do(ctx) }
+func (d *dpu) undo(ctx context.Context) error { return d.images.undo(ctx) }
+
+func (d *dpu) state(ctx context.Context) (state, error) {
+	all, err := d.card.state(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return all, d.images.add(ctx, all)
+}
+
+// check is that image-mgmt says which drive it is, and the drive that of the card's.
+func (d *dpu) check(ctx context.Context) error {
+	disk, err := d.images.attach(ctx)
+	if err != nil {
+		return err
+	}
+	list, err := d.api.ListDisks(ctx, &attacherv1.ListDisksRequest{})
+	if err != nil {
+		return err
+	}
+	if len(list.GetDisks()) != 1 || disk.GetNvme().GetSerial() != list.GetDisks()[0].GetSerial() || disk.GetNvme().GetUuid() != list.GetDisks()[0].GetUuid() {
+		return fmt.Errorf("image-mgmt says %v, the card has %v", disk, list.GetDisks())
+	}
+	return (&drive{d.card}).check(ctx)
+}
+
+// TestDPUEmbedded kills image-mgmt and a card, and a store with a pool of its own.
+func TestDPUEmbedded(t *testing.T) {
+	prove(t, 50, func(t *testing.T) (*chain, subject) { return newDPU(t, embedded) })
+}
+
+// TestDPU kills every process there is between an image and a host's drive.
+func TestDPU(t *testing.T) {
+	prove(t, 70, func(t *testing.T) (*chain, subject) { return newDPU(t, overSPDK) })
+}

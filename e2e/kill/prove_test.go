@@ -20,7 +20,8 @@ const (
 	// sample is how many pairs of each direction are tried unless all are.
 	sample = 12
 	// maxNth bounds how often a point of the same name is killed at in a flow: what comes
-	// later is the same on another object.
+	// later is the same on another object. Pairs are of the first time of each, unless
+	// THAW_KILL=every.
 	maxNth = 3
 	// maxFailures ends a proof that fails everywhere.
 	maxFailures = 5
@@ -92,7 +93,7 @@ func prove(t *testing.T, least int, setUp func(t *testing.T) (*chain, subject)) 
 	t.Logf("%d points forth, %d back", len(p.jobs[forth]), len(p.jobs[back]))
 	p.work(w)
 	found := len(p.pairs[forth]) + len(p.pairs[back])
-	if os.Getenv("THAW_KILL") != "all" {
+	if how := os.Getenv("THAW_KILL"); how != "all" && how != "every" {
 		for way := range p.pairs {
 			p.rng.Shuffle(len(p.pairs[way]), func(i, k int) { p.pairs[way][i], p.pairs[way][k] = p.pairs[way][k], p.pairs[way][i] })
 			p.pairs[way] = p.pairs[way][:min(sample, len(p.pairs[way]))]
@@ -268,8 +269,12 @@ func (p *proof) do(w *worker, j job) bool {
 	for _, d := range o.dead {
 		p.again = max(p.again, d.again)
 	}
-	if len(j.kills) == 1 && len(o.dead) == 1 {
+	every := os.Getenv("THAW_KILL") == "every"
+	if len(j.kills) == 1 && len(o.dead) == 1 && (every || j.kills[0].nth == 1) {
 		for _, q := range kills(o.after) {
+			if !every && q.nth > 1 {
+				continue
+			}
 			p.pairs[j.way] = append(p.pairs[j.way], job{j.way, []kill{j.kills[0], q}})
 		}
 	}

@@ -167,10 +167,13 @@ func databaseState(prefix, path, scratch string) (state, error) {
 					maps := []object{o}
 					for len(maps) > 0 {
 						for field, x := range maps[0] {
-							if random := field == "attachment" || field == "free" || field == "id" && string(bucket) == "attachments"; random || strings.Contains(field, "created") || strings.Contains(field, "completed") {
-								delete(maps[0], field)
-							} else if inner, ok := x.(object); ok {
+							n, _ := x.(float64)
+							inner, nested := x.(object)
+							switch {
+							case nested:
 								maps = append(maps, inner)
+							case n > 1e18, field == "attachment", field == "id" && string(bucket) == "attachments":
+								delete(maps[0], field) // a time, or random
 							}
 						}
 						maps = maps[1:]
