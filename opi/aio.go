@@ -30,7 +30,7 @@ func (b *Bridge) CreateAioVolume(ctx context.Context, r *opiv1.CreateAioVolumeRe
 		return nil, kind.Errorf(kind.Invalid, "filename: must be 1 to 4095 bytes")
 	}
 	made := false
-	v, err := b.ensureBdev(ctx, r.GetAioVolumeId(), aioVolumes, spdk.ProductAIO, func(v *spdk.Bdev) error {
+	v, err := aioKind.create(ctx, b, r.GetAioVolumeId(), func(v *spdk.Bdev) error {
 		name := join(aioVolumes, v.Name)
 		if v.Specific.AIO == nil || v.Specific.AIO.Filename != want.Filename {
 			return differs(name, "filename", aioProto(v).Filename, want.Filename)
@@ -43,66 +43,46 @@ func (b *Bridge) CreateAioVolume(ctx context.Context, r *opiv1.CreateAioVolumeRe
 	}, func(name string) error {
 		_, err := b.spdk.BdevAIOCreate(ctx, spdk.BdevAIOCreateParams{Name: name, Filename: want.Filename, BlockSizeBytes: uint32(want.BlockSize), UUID: want.Uuid})
 		made = err == nil
-		if made { // an lvstore on it is there when the volume is
-			err = b.spdk.BdevWaitForExamine(ctx)
-		}
 		return err
 	})
-	if err != nil {
-		return nil, err
+	if err == nil { // an lvstore on it is there when the volume is
+		err = b.spdk.BdevWaitForExamine(ctx)
 	}
-	return aioProto(v), nil
+	return v, err
 }
 
 // GetAioVolume returns a volume.
 func (b *Bridge) GetAioVolume(ctx context.Context, r *opiv1.GetAioVolumeRequest) (*opiv1.AioVolume, error) {
-	v, err := b.bdevNamed(ctx, r.GetName(), aioVolumes, spdk.ProductAIO)
-	if err != nil {
-		return nil, err
-	}
-	return aioProto(v), nil
+	return aioKind.get(ctx, b, r.GetName())
 }
 
 // ListAioVolumes lists all of the kind.
 func (b *Bridge) ListAioVolumes(ctx context.Context, r *opiv1.ListAioVolumesRequest) (*opiv1.ListAioVolumesResponse, error) {
-	all, err := b.bdevsOf(ctx, spdk.ProductAIO)
-	if err != nil {
-		return nil, err
-	}
-	var list []*opiv1.AioVolume
-	for _, v := range all {
-		list = append(list, aioProto(v))
-	}
-	list, next, err := page(list, (*opiv1.AioVolume).GetName, r.GetPageSize(), r.GetPageToken())
+	list, next, err := aioKind.list(ctx, b, r.GetPageSize(), r.GetPageToken())
 	return &opiv1.ListAioVolumesResponse{AioVolumes: list, NextPageToken: next}, err
 }
 
 // UpdateAioVolume changes nothing: SPDK cannot.
 func (b *Bridge) UpdateAioVolume(ctx context.Context, r *opiv1.UpdateAioVolumeRequest) (*opiv1.AioVolume, error) {
-	want := r.GetAioVolume()
-	v, err := b.bdevNamed(ctx, want.GetName(), aioVolumes, spdk.ProductAIO)
-	if errors.Is(err, kind.NotFound) && r.GetAllowMissing() {
-		return b.CreateAioVolume(ctx, &opiv1.CreateAioVolumeRequest{AioVolume: want, AioVolumeId: want.GetName()[len(aioVolumes)+1:]})
+	var create func(string) (*opiv1.AioVolume, error)
+	if r.GetAllowMissing() {
+		create = func(id string) (*opiv1.AioVolume, error) {
+			return b.CreateAioVolume(ctx, &opiv1.CreateAioVolumeRequest{AioVolume: r.GetAioVolume(), AioVolumeId: id})
+		}
 	}
-	if err != nil {
-		return nil, err
-	}
-	return unchangeable(aioProto(v), want, r.GetUpdateMask())
+	return aioKind.update(ctx, b, r.GetAioVolume(), r.GetUpdateMask(), create)
 }
 
 // DeleteAioVolume deletes a volume, also under whoever uses it.
 func (b *Bridge) DeleteAioVolume(ctx context.Context, r *opiv1.DeleteAioVolumeRequest) (*emptypb.Empty, error) {
-	err := remove(r.GetAllowMissing(), func() (*spdk.Bdev, error) { return b.bdevNamed(ctx, r.GetName(), aioVolumes, spdk.ProductAIO) },
-		func(v *spdk.Bdev) error { return b.spdk.BdevAIODelete(ctx, v.Name) })
-	return &emptypb.Empty{}, err
+	return aioKind.remove(ctx, b, r.GetName(), r.GetAllowMissing())
 }
 
 // StatsAioVolume returns what was read and written.
 func (b *Bridge) StatsAioVolume(ctx context.Context, r *opiv1.StatsAioVolumeRequest) (*opiv1.StatsAioVolumeResponse, error) {
-	v, err := b.bdevNamed(ctx, r.GetName(), aioVolumes, spdk.ProductAIO)
+	stats, err := aioKind.stats(ctx, b, r.GetName())
 	if err != nil {
 		return nil, err
 	}
-	stats, err := b.stats(ctx, v.Name)
-	return &opiv1.StatsAioVolumeResponse{Stats: stats}, err
+	return &opiv1.StatsAioVolumeResponse{Stats: stats}, nil
 }

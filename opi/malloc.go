@@ -2,7 +2,6 @@ package opi
 
 import (
 	"context"
-	"errors"
 
 	opiv1 "github.com/opiproject/opi-api/storage/v1alpha1/gen/go"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -24,17 +23,12 @@ func (b *Bridge) CreateMallocVolume(ctx context.Context, r *opiv1.CreateMallocVo
 	if want.MetadataSize != 0 {
 		return nil, kind.Errorf(kind.Unsupported, "metadata_size: blocks with metadata are not supported")
 	}
-	v, err := b.ensureBdev(ctx, r.GetMallocVolumeId(), mallocVolumes, spdk.ProductMalloc,
-		func(v *spdk.Bdev) error {
-			return sameBlocks(join(mallocVolumes, v.Name), v, want.BlockSize, want.BlocksCount, want.Uuid)
-		}, func(name string) error {
-			_, err := b.spdk.BdevMallocCreate(ctx, spdk.BdevMallocCreateParams{Name: name, NumBlocks: uint64(want.BlocksCount), BlockSizeBytes: uint32(want.BlockSize), UUID: want.Uuid})
-			return err
-		})
-	if err != nil {
-		return nil, err
-	}
-	return mallocProto(v), nil
+	return mallocKind.create(ctx, b, r.GetMallocVolumeId(), func(v *spdk.Bdev) error {
+		return sameBlocks(join(mallocVolumes, v.Name), v, want.BlockSize, want.BlocksCount, want.Uuid)
+	}, func(name string) error {
+		_, err := b.spdk.BdevMallocCreate(ctx, spdk.BdevMallocCreateParams{Name: name, NumBlocks: uint64(want.BlocksCount), BlockSizeBytes: uint32(want.BlockSize), UUID: want.Uuid})
+		return err
+	})
 }
 
 // sizedBlocks is blocks for volumes whose size follows from nothing else.
@@ -47,53 +41,36 @@ func sizedBlocks(size, count int64, id string) error {
 
 // GetMallocVolume returns a volume.
 func (b *Bridge) GetMallocVolume(ctx context.Context, r *opiv1.GetMallocVolumeRequest) (*opiv1.MallocVolume, error) {
-	v, err := b.bdevNamed(ctx, r.GetName(), mallocVolumes, spdk.ProductMalloc)
-	if err != nil {
-		return nil, err
-	}
-	return mallocProto(v), nil
+	return mallocKind.get(ctx, b, r.GetName())
 }
 
 // ListMallocVolumes lists all of the kind.
 func (b *Bridge) ListMallocVolumes(ctx context.Context, r *opiv1.ListMallocVolumesRequest) (*opiv1.ListMallocVolumesResponse, error) {
-	all, err := b.bdevsOf(ctx, spdk.ProductMalloc)
-	if err != nil {
-		return nil, err
-	}
-	var list []*opiv1.MallocVolume
-	for _, v := range all {
-		list = append(list, mallocProto(v))
-	}
-	list, next, err := page(list, (*opiv1.MallocVolume).GetName, r.GetPageSize(), r.GetPageToken())
+	list, next, err := mallocKind.list(ctx, b, r.GetPageSize(), r.GetPageToken())
 	return &opiv1.ListMallocVolumesResponse{MallocVolumes: list, NextPageToken: next}, err
 }
 
 // UpdateMallocVolume changes nothing: SPDK cannot.
 func (b *Bridge) UpdateMallocVolume(ctx context.Context, r *opiv1.UpdateMallocVolumeRequest) (*opiv1.MallocVolume, error) {
-	want := r.GetMallocVolume()
-	v, err := b.bdevNamed(ctx, want.GetName(), mallocVolumes, spdk.ProductMalloc)
-	if errors.Is(err, kind.NotFound) && r.GetAllowMissing() {
-		return b.CreateMallocVolume(ctx, &opiv1.CreateMallocVolumeRequest{MallocVolume: want, MallocVolumeId: want.GetName()[len(mallocVolumes)+1:]})
+	var create func(string) (*opiv1.MallocVolume, error)
+	if r.GetAllowMissing() {
+		create = func(id string) (*opiv1.MallocVolume, error) {
+			return b.CreateMallocVolume(ctx, &opiv1.CreateMallocVolumeRequest{MallocVolume: r.GetMallocVolume(), MallocVolumeId: id})
+		}
 	}
-	if err != nil {
-		return nil, err
-	}
-	return unchangeable(mallocProto(v), want, r.GetUpdateMask())
+	return mallocKind.update(ctx, b, r.GetMallocVolume(), r.GetUpdateMask(), create)
 }
 
 // DeleteMallocVolume deletes a volume, also under whoever uses it.
 func (b *Bridge) DeleteMallocVolume(ctx context.Context, r *opiv1.DeleteMallocVolumeRequest) (*emptypb.Empty, error) {
-	err := remove(r.GetAllowMissing(), func() (*spdk.Bdev, error) { return b.bdevNamed(ctx, r.GetName(), mallocVolumes, spdk.ProductMalloc) },
-		func(v *spdk.Bdev) error { return b.spdk.BdevMallocDelete(ctx, v.Name) })
-	return &emptypb.Empty{}, err
+	return mallocKind.remove(ctx, b, r.GetName(), r.GetAllowMissing())
 }
 
 // StatsMallocVolume returns what was read and written.
 func (b *Bridge) StatsMallocVolume(ctx context.Context, r *opiv1.StatsMallocVolumeRequest) (*opiv1.StatsMallocVolumeResponse, error) {
-	v, err := b.bdevNamed(ctx, r.GetName(), mallocVolumes, spdk.ProductMalloc)
+	stats, err := mallocKind.stats(ctx, b, r.GetName())
 	if err != nil {
 		return nil, err
 	}
-	stats, err := b.stats(ctx, v.Name)
-	return &opiv1.StatsMallocVolumeResponse{Stats: stats}, err
+	return &opiv1.StatsMallocVolumeResponse{Stats: stats}, nil
 }

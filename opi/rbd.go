@@ -36,7 +36,7 @@ func (b *Bridge) CreateRbdVolume(ctx context.Context, r *lvolv1.CreateRbdVolumeR
 	if size == 0 {
 		size = defaultRBDBlockBytes
 	}
-	v, err := b.ensureBdev(ctx, r.GetRbdVolumeId(), rbdVolumes, spdk.ProductRBD, func(v *spdk.Bdev) error {
+	return rbdKind.create(ctx, b, r.GetRbdVolumeId(), func(v *spdk.Bdev) error {
 		have := rbdProto(v)
 		switch {
 		case have.Pool != want.Pool || have.Image != want.Image:
@@ -49,38 +49,20 @@ func (b *Bridge) CreateRbdVolume(ctx context.Context, r *lvolv1.CreateRbdVolumeR
 		_, err := b.spdk.BdevRBDCreate(ctx, spdk.RBDCreateParams{Name: name, PoolName: want.Pool, RBDName: want.Image, BlockSizeBytes: size, ClusterName: want.Cluster, UUID: want.Uuid})
 		return err
 	})
-	if err != nil {
-		return nil, err
-	}
-	return rbdProto(v), nil
 }
 
 // GetRbdVolume returns a volume.
 func (b *Bridge) GetRbdVolume(ctx context.Context, r *lvolv1.GetRbdVolumeRequest) (*lvolv1.RbdVolume, error) {
-	v, err := b.bdevNamed(ctx, r.GetName(), rbdVolumes, spdk.ProductRBD)
-	if err != nil {
-		return nil, err
-	}
-	return rbdProto(v), nil
+	return rbdKind.get(ctx, b, r.GetName())
 }
 
-// ListRbdVolumes lists all of them.
+// ListRbdVolumes lists all of the kind.
 func (b *Bridge) ListRbdVolumes(ctx context.Context, r *lvolv1.ListRbdVolumesRequest) (*lvolv1.ListRbdVolumesResponse, error) {
-	all, err := b.bdevsOf(ctx, spdk.ProductRBD)
-	if err != nil {
-		return nil, err
-	}
-	var list []*lvolv1.RbdVolume
-	for _, v := range all {
-		list = append(list, rbdProto(v))
-	}
-	list, next, err := page(list, (*lvolv1.RbdVolume).GetName, r.GetPageSize(), r.GetPageToken())
+	list, next, err := rbdKind.list(ctx, b, r.GetPageSize(), r.GetPageToken())
 	return &lvolv1.ListRbdVolumesResponse{RbdVolumes: list, NextPageToken: next}, err
 }
 
 // DeleteRbdVolume deletes a volume and leaves its image.
 func (b *Bridge) DeleteRbdVolume(ctx context.Context, r *lvolv1.DeleteRbdVolumeRequest) (*emptypb.Empty, error) {
-	err := remove(r.GetAllowMissing(), func() (*spdk.Bdev, error) { return b.bdevNamed(ctx, r.GetName(), rbdVolumes, spdk.ProductRBD) },
-		func(v *spdk.Bdev) error { return b.spdk.BdevRBDDelete(ctx, v.Name) })
-	return &emptypb.Empty{}, err
+	return rbdKind.remove(ctx, b, r.GetName(), r.GetAllowMissing())
 }

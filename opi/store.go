@@ -79,6 +79,11 @@ func (b *Bridge) CreateLvolStore(ctx context.Context, r *lvolv1.CreateLvolStoreR
 	if err != nil {
 		return nil, err
 	}
+	// One that is just being loaded must not be taken for missing: its volume would be
+	// made empty.
+	if err := b.spdk.BdevWaitForExamine(ctx); err != nil {
+		return nil, err
+	}
 	s, err := ensure(func() (*spdk.LvolStore, error) { return b.store(ctx, id) }, func(s *spdk.LvolStore) error {
 		switch {
 		case s.BaseBdev != base.Name:
