@@ -291,3 +291,18 @@ func eventually(t *testing.T, what string, is func() bool) {
 		}
 	}
 }
+
+// serve serves on a Unix socket until the test ends.
+func serve(t *testing.T, socket string, register func(*grpc.Server)) {
+	t.Helper()
+	g := grpc.NewServer(rpc.ServerOptions()...)
+	register(g)
+	l, err := net.Listen("unix", socket)
+	must(t, err)
+	var served sync.WaitGroup
+	served.Go(func() { g.Serve(l) })
+	t.Cleanup(func() {
+		g.Stop()
+		served.Wait()
+	})
+}
