@@ -74,7 +74,7 @@ func (t *Target) storeDir(id string) string { return filepath.Join(t.o.Root, "lv
 // the lease stays.
 func baseDevice(l *lease) device.Device {
 	if f, ok := l.disk.driver.(*fileDisk); ok {
-		return keptBase{countedBase{f.below(), &l.disk.stat}}
+		return keptBase{countedBase{f.below(), l.disk.ioStat()}}
 	}
 	return bdevBase{l.dev}
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/google/uuid"
@@ -38,7 +39,7 @@ type disk struct {
 	driver     driver
 	inline     bool // answers from memory
 	local      bool // does not wait for a network
-	stat       ioStat
+	stat       atomic.Pointer[ioStat]
 
 	alias  string              // guarded by Target.mu
 	leases map[*lease]struct{} // guarded by Target.mu
@@ -102,7 +103,7 @@ func (t *Target) acquire(d *disk, l *lease) error {
 		return errnoOf(err)
 	}
 	if !l.own {
-		dev = counted(dev, &d.stat)
+		dev = counted(dev, d.ioStat())
 	}
 	l.t, l.disk, l.dev = t, d, dev
 	t.mu.Lock()
