@@ -14,10 +14,14 @@ import (
 )
 
 func protoLvol(i lvol.Info, owner string) *attacherv1.Lvol {
+	created := int64(0) // not every store tells
+	if !i.Created.IsZero() {
+		created = i.Created.UnixNano()
+	}
 	return &attacherv1.Lvol{
 		Name: i.Name, Uuid: i.UUID, SizeBytes: i.SizeBytes, AllocatedClusters: i.AllocatedClusters, ClusterBytes: i.ClusterBytes,
 		Snapshot: i.Snapshot, ReadOnly: i.ReadOnly, Parent: i.Parent, Clones: i.Clones,
-		CreatedUnixNanos: i.Created.UnixNano(), Owner: owner,
+		CreatedUnixNanos: created, Owner: owner,
 	}
 }
 
@@ -275,7 +279,8 @@ func (a *Attacher) snapshot(ctx context.Context, name, snapshot string) (lvol.In
 	if info.Parent == snapshot {
 		made, err := a.o.Lvols.Get(snapshot)
 		// A repeated call finds a snapshot younger than the lvol; one that is older is
-		// what the lvol was cloned from.
+		// what the lvol was cloned from. Where the store does not tell, it is taken for a
+		// repeated call.
 		if err == nil && made.Created.Before(info.Created) {
 			err = kind.Errorf(kind.Exists, "%s is there and it is a clone of it", snapshot)
 		}
