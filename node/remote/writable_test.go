@@ -119,6 +119,11 @@ func TestWritable(t *testing.T) {
 	if bytes, err := n.WritableBytes(ctx, targetName, id); err != nil || bytes != 0 {
 		t.Fatal(bytes, err)
 	}
+	// Making one needs a presentation that mkfs can write to; this one is there.
+	_, err = s.lvols.Create("work", 64<<20)
+	must(t, err)
+	_, err = s.lvols.Snapshot("work", "scratch-67108864")
+	must(t, err)
 	if b, err := n.EnsureScratch(ctx, targetName, 64<<20); err != nil || b == "" {
 		t.Fatal(b, err)
 	} else if _, err := n.AttachWritable(ctx, targetName, b, id, false); err != nil {
