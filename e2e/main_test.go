@@ -130,10 +130,15 @@ func (b *bench) thawWith(t *testing.T, o lab.ThawOptions) *lab.Thaw {
 		if t.Failed() {
 			t.Logf("the end of the server's log:\n%s", s.Log(6000))
 		}
+		if o.Elsewhere && !t.Failed() {
+			if err := s.CheckStore(ctx); err != nil {
+				t.Errorf("the store at the end of the test: %v", err)
+			}
+		}
 		if err := s.Shutdown(ctx); err != nil {
 			t.Errorf("shut thaw server down: %v", err)
 		}
-		if err := s.CheckStore(ctx); err != nil && !o.NodeOnly {
+		if err := s.CheckStore(ctx); err != nil && !o.NodeOnly && !o.Elsewhere {
 			t.Errorf("the store after the test: %v", err)
 		}
 		left := b.leftovers(t, s)

@@ -280,9 +280,12 @@ func checkStore(cmd *cobra.Command, where *place, repair, scrub bool) (*attacher
 	if !errors.Is(err, kind.Unavailable) {
 		return r, err
 	}
-	config, err := where.load()
-	if err != nil {
-		return nil, err
+	config, lerr := where.load()
+	if lerr != nil {
+		return nil, lerr
+	}
+	if config.Pool.Backend != daemon.BackendEmbedded {
+		return nil, err // the pool is the target's, and only the attacher knows what to make of it
 	}
 	store, err := daemon.OpenPool(config, nil)
 	if err != nil {

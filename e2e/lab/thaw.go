@@ -59,6 +59,8 @@ type ThawOptions struct {
 	// is for each what PartBefore has for it.
 	Parts      []string
 	PartBefore map[string][]string
+	// Elsewhere means that by Config its lvols are in another program.
+	Elsewhere bool
 	// StoreOnly means that by Config it has no snapshotter, NodeOnly no store.
 	StoreOnly, NodeOnly bool
 }
@@ -172,11 +174,16 @@ func (t *Thaw) healthy(ctx context.Context) error {
 	return err
 }
 
-// Metrics returns what the server's metrics socket says at path.
+// Metrics returns what the server's metrics socket says at path: of several processes,
+// that of the last.
 func (t *Thaw) Metrics(ctx context.Context, path string) (string, error) {
 	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
-		return d.DialContext(ctx, "unix", filepath.Join(t.Run, "metrics.sock"))
+		socket := "metrics.sock"
+		if n := len(t.parts); n > 0 {
+			socket = t.parts[n-1].Name + "-" + socket
+		}
+		return d.DialContext(ctx, "unix", filepath.Join(t.Run, socket))
 	}}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://thaw"+path, nil)
 	if err != nil {
