@@ -305,17 +305,26 @@ func (a *Attacher) doubt(name string, err error) {
 	a.retryAfter(err)
 }
 
+// untilAway does something for all of a list and returns all errors. It stops at the first
+// kind.Unavailable: what is away is so for the rest too, and may take its time to say so.
+func untilAway[T any](list []T, do func(T) error) error {
+	var errs []error
+	for _, t := range list {
+		err := do(t)
+		errs = append(errs, err)
+		if errors.Is(err, kind.Unavailable) {
+			break
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // settleDoubts drops the records of doubtful lvols that do not exist.
 func (a *Attacher) settleDoubts(ctx context.Context) error {
 	a.mu.Lock()
 	names := slices.Sorted(maps.Keys(a.doubts))
 	a.mu.Unlock()
-	for _, name := range names {
-		if err := a.settleDoubt(ctx, name); err != nil {
-			return err
-		}
-	}
-	return nil
+	return untilAway(names, func(name string) error { return a.settleDoubt(ctx, name) })
 }
 
 func (a *Attacher) settleDoubt(ctx context.Context, name string) error {

@@ -265,23 +265,19 @@ func (a *Attacher) endUndone(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	var errs []error
-	for _, e := range ending {
-		errs = append(errs, func() error {
-			unlock, err := a.names.Lock(ctx, e.Block)
-			if err != nil {
-				return err
-			}
-			defer unlock()
-			// Read again under the lock: it may have been attached since.
-			e, r, known, err := a.attachment(e.Node, e.Block)
-			if err != nil || !known || !r.Ending {
-				return err
-			}
-			return a.endAttachment(e)
-		}())
-	}
-	return errors.Join(errs...)
+	return untilAway(ending, func(e Export) error {
+		unlock, err := a.names.Lock(ctx, e.Block)
+		if err != nil {
+			return err
+		}
+		defer unlock()
+		// Read again under the lock: it may have been attached since.
+		e, r, known, err := a.attachment(e.Node, e.Block)
+		if err != nil || !known || !r.Ending {
+			return err
+		}
+		return a.endAttachment(e)
+	})
 }
 
 // exportable is nil for a block that a node may read: one that is complete, and so

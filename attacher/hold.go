@@ -324,8 +324,8 @@ func (a *Attacher) endForgotten() {
 	}
 }
 
-// removeHeld withdraws owner's exports and deletes its lvols. It goes on past errors
-// and returns them.
+// removeHeld withdraws owner's exports and deletes its lvols. It goes on past errors, unless
+// the store is away, and returns them.
 func (a *Attacher) removeHeld(ctx context.Context, owner string) error {
 	var names []string
 	err := a.db.View(func(tx *bbolt.Tx) error {
@@ -354,14 +354,10 @@ func (a *Attacher) removeHeld(ctx context.Context, owner string) error {
 	if err != nil {
 		return err
 	}
-	var errs []error
-	for _, name := range names {
+	return untilAway(names, func(name string) error {
 		a.step("end: next")
-		if err := a.removeOneHeld(ctx, name, owner); err != nil {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
+		return a.removeOneHeld(ctx, name, owner)
+	})
 }
 
 func (a *Attacher) removeOneHeld(ctx context.Context, name, owner string) error {

@@ -354,6 +354,9 @@ func (a *Attacher) release(ctx context.Context) (deleted []string, err error) {
 				progress = true
 				deleted = append(deleted, name)
 			}
+			if errors.Is(err, kind.Unavailable) { // so it is for the rest
+				break
+			}
 		}
 		if len(errs) > 0 {
 			break

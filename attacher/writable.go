@@ -433,22 +433,18 @@ func (a *Attacher) deleteWritables(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	var errs []error
-	for _, w := range going {
-		errs = append(errs, func() error {
-			unlock, err := a.names.Lock(ctx, w.lvol())
-			if err != nil {
-				return err
-			}
-			defer unlock()
-			w, known, err := a.writable(w.node, w.id)
-			if err != nil || !known || !w.Deleting {
-				return err
-			}
-			return a.deleteWritable(w)
-		}())
-	}
-	return errors.Join(errs...)
+	return untilAway(going, func(w writable) error {
+		unlock, err := a.names.Lock(ctx, w.lvol())
+		if err != nil {
+			return err
+		}
+		defer unlock()
+		w, known, err := a.writable(w.node, w.id)
+		if err != nil || !known || !w.Deleting {
+			return err
+		}
+		return a.deleteWritable(w)
+	})
 }
 
 // complete is nil for what writable layers may be made over: a complete block of a

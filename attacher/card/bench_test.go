@@ -10,6 +10,7 @@ import (
 	"time"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/spdk"
 )
 
 const benchDisks = 200
@@ -133,7 +134,7 @@ func BenchmarkRepair(b *testing.B) {
 			check(b, l.spdk.NvmfDeleteSubsystem(context.Background(), d.SubsystemNqn))
 		}
 		for _, r := range controllers {
-			check(b, l.spdk.Call(context.Background(), "bdev_nvme_detach_controller", map[string]string{"name": r.Name}, nil))
+			check(b, l.spdk.BdevNVMeDetachController(context.Background(), r.Name, spdk.TransportID{}))
 		}
 		l.functions.Reset()
 		b.StartTimer()

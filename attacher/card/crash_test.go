@@ -22,6 +22,7 @@ import (
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	attacherrpc "github.com/thaw-project/thaw/attacher/rpc"
 	"github.com/thaw-project/thaw/kind"
+	"github.com/thaw-project/thaw/spdk"
 )
 
 // mortal is the connection of a process that may die.
@@ -353,7 +354,8 @@ func TestStoreGone(t *testing.T) {
 	s, near := newStore(t, 1, "a", "b"), newStore(t, 1, "n")
 	l := newLab(t, 4)
 	c := l.card()
-	a, b := attach(t, c.Client(), fromStore(s, "a")), attach(t, c.Client(), fromStore(s, "b"))
+	a := attach(t, c.Client(), fromStore(s, "a"))
+	attach(t, c.Client(), fromStore(s, "b"))
 	s.halt()
 	began := time.Now()
 	n := attach(t, c.Client(), fromStore(near, "n"))
@@ -367,8 +369,7 @@ func TestStoreGone(t *testing.T) {
 	if !bytes.Equal(l.read(a), s.content("a")) {
 		t.Error("a host reads something else than the store has")
 	}
-	b = attach(t, c.Client(), fromStore(s, "b"))
-	check(t, l.whole(b))
+	check(t, l.whole(attach(t, c.Client(), fromStore(s, "b"))))
 	s.halt()
 	began = time.Now()
 	detach(t, c.Client(), "a")
@@ -380,15 +381,12 @@ func TestStoreGone(t *testing.T) {
 	s.start()
 	a = attach(t, c.Client(), fromStore(s, "a"))
 	s.halt()
-	for _, what := range []string{a.SubsystemNqn} {
-		check(t, l.spdk.NvmfDeleteSubsystem(t.Context(), what))
-	}
+	check(t, l.spdk.NvmfDeleteSubsystem(t.Context(), a.SubsystemNqn))
 	controllers, err := l.spdk.BdevNVMeGetControllers(t.Context(), "")
 	check(t, err)
 	for _, r := range controllers {
 		if strings.HasPrefix(r.Name, "thaw.") && r.Paths[0].TransportID.SubNQN == s.disks["a"].SubsystemNqn {
-			_, err := c.db.Path(), l.spdk.Call(t.Context(), "bdev_nvme_detach_controller", map[string]string{"name": r.Name}, nil)
-			check(t, err)
+			check(t, l.spdk.BdevNVMeDetachController(t.Context(), r.Name, spdk.TransportID{}))
 		}
 	}
 	eventually(t, func() error {
