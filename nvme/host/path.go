@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"sync"
@@ -219,11 +220,11 @@ func (ct *controller) scan() ([]NvmeNamespace, error) {
 		n := NvmeNamespace{NSID: id}
 		var d nvme.Descriptors
 		err := ct.identify(nvme.CNSNvmeNamespace, id, b)
+		if err == nil && binary.LittleEndian.Uint64(b) == 0 {
+			continue // detached since it was listed: all is zero, its size as well
+		}
 		if err == nil {
 			err = n.id.Parse(b)
-		}
-		if err == nil && n.id.Blocks == 0 {
-			continue // detached since it was listed
 		}
 		if err == nil {
 			if err = ct.identify(nvme.CNSDescriptors, id, b); err == nil {
