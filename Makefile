@@ -26,7 +26,7 @@ help: ## list the targets
 	@echo "  make demo IMAGE=ref      another image instead of the one built from Debian"
 	@echo "  make demo ALL=1          all four combinations of mode and file system"
 	@echo "  make fuzz FUZZTIME=60s   how long each fuzz target runs"
-	@echo "  make bench BENCH=io      only rows whose name begins so: io, convert, lvol, erofs, ext4, warm, cold"
+	@echo "  make bench BENCH=io      only rows whose name begins so: io, convert, lvol, erofs, ext4, warm, cold, control"
 	@echo "  make crash ROUNDS=200    how many rounds, SEED=n to repeat a run"
 
 .PHONY: build

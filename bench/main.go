@@ -95,7 +95,9 @@ func run(ctx context.Context, o options) (err error) {
 	if b.lab, err = lab.New(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, b.pool.value.close(), b.net.value.close(), b.lab.Close()) }()
+	defer func() {
+		err = errors.Join(err, b.pool.value.close(), b.net.value.close(), b.controlEmbedded.value.close(), b.controlSPDK.value.close(), b.lab.Close())
+	}()
 
 	fmt.Println(machine())
 	var rows []Row
@@ -155,6 +157,8 @@ type bench struct {
 	pool     fixture[*poolIO]
 	net      fixture[*netIO]
 
+	controlEmbedded, controlSPDK fixture[*controlStore]
+
 	number int // of containers and folders made so far
 }
 
@@ -213,7 +217,7 @@ func (b *bench) comparisons() []comparison {
 	all = append(all, b.networked()...)
 	all = append(all, b.lvols()...)
 	all = append(all, b.filesystems()...)
-	return append(all, b.warmStart(), b.coldStart())
+	return append(all, b.warmStart(), b.coldStart(), b.control())
 }
 
 // settle lets what earlier runs left to write reach the disk, so that the next does
