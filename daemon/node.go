@@ -7,11 +7,14 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/attacher/rpc"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/cache"
 	"github.com/thaw-project/thaw/node/imagemgmt"
 	"github.com/thaw-project/thaw/node/imagemgmt/client"
+	"github.com/thaw-project/thaw/node/imagemgmt/clone"
+	showcard "github.com/thaw-project/thaw/node/present/card"
 	"github.com/thaw-project/thaw/node/present/pcie"
 	"github.com/thaw-project/thaw/node/remote"
 	"github.com/thaw-project/thaw/node/snapshotter"
@@ -31,10 +34,15 @@ func (s *Server) openRemote(registry *prometheus.Registry) (err error) {
 			Transport: r.Transport, LossTimeout: time.Duration(r.LossTimeout),
 		})
 	}
+	o.OpenRBD = s.rbdOpener(remotes)
 	if s.remote, err = remote.New(o); err != nil {
 		return err
 	}
 	s.onClose("remote targets", s.remote.Close)
+	if !s.showsDisks() {
+		s.remote.SetKernelHost(true) // nothing is read here
+		return nil
+	}
 	return s.openCache(registry)
 }
 
@@ -137,12 +145,12 @@ func (s *Server) cached(b imagemgmt.Block) (bdev.Device, error) {
 }
 
 // startImages brings up what decides which disks of blocks there are.
-func (s *Server) startImages() (err error) {
+func (s *Server) startImages(ctx context.Context) (err error) {
 	own := ""
 	if s.config.Store() {
 		own = s.config.Target
 	}
-	s.images, err = imagemgmt.New(imagemgmt.Options{
+	o := imagemgmt.Options{
 		Presenter: s.presenter, DBPath: s.config.Paths().ImagemgmtDB, Logger: s.logger.With("part", "imagemgmt"), Own: own, Lookup: s.lookup,
 		Open: s.open, Cached: s.cached, Scratch: s.scratch,
 		Released: func(b imagemgmt.Block) {
@@ -150,12 +158,53 @@ func (s *Server) startImages() (err error) {
 				s.remote.Release(b.Target, b.Name)
 			}
 		},
-	})
-	if err != nil {
+	}
+	if s.config.ImagesPart.Mode == ImagesDPU {
+		if err := s.throughCard(ctx, &o); err != nil {
+			return err
+		}
+	}
+	if s.images, err = imagemgmt.New(o); err != nil {
 		return err
 	}
 	s.onClose("image-mgmt", s.images.Close)
 	return nil
+}
+
+// throughCard has a card show the disks, and stores keep the writable layers.
+func (s *Server) throughCard(ctx context.Context, o *imagemgmt.Options) error {
+	if s.remote == nil {
+		return kind.Errorf(kind.Invalid, "images.mode %s needs a [[remote]] store", ImagesDPU)
+	}
+	peer := s.config.ImagesPart.Card
+	var c attacherv1.CardClient
+	if peer.Address == "" && s.card != nil {
+		c = s.card.Client()
+	} else {
+		if peer.Address == "" {
+			peer.Address = s.config.Sockets(RoleCard)[0]
+		}
+		conn, err := dialPeer(peer)
+		if err != nil {
+			return err
+		}
+		s.onClose("connection to the card", conn.Close)
+		c = attacherv1.NewCardClient(conn)
+	}
+	presenter, err := showcard.New(showcard.Options{Card: c, Store: s.remote, Logger: s.logger.With("part", "card")})
+	if err != nil {
+		return err
+	}
+	o.Presenter, o.Layers, o.Open, o.Cached = presenter, clone.Layers{Store: s.remote}, nil, nil
+	o.Scratch = func(ctx context.Context, target string, size int64) (imagemgmt.Block, error) {
+		name, err := s.remote.EnsureScratch(ctx, target, size)
+		return imagemgmt.Block{Target: target, Name: name}, err
+	}
+	// What it shows is compared with what is on record before the snapshotter may ask.
+	return s.await(ctx, "the card's attacher at "+peer.Address, func(ctx context.Context) error {
+		_, err := c.ListDisks(ctx, &attacherv1.ListDisksRequest{})
+		return err
+	})
 }
 
 // sweepRemote begins to compare what stores have for this machine with what is in use here,

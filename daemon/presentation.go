@@ -20,6 +20,7 @@ import (
 	"github.com/thaw-project/thaw/node/present/fuse"
 	"github.com/thaw-project/thaw/node/present/nbd"
 	"github.com/thaw-project/thaw/node/present/ublk"
+	"github.com/thaw-project/thaw/node/remote"
 )
 
 // PresentationAuto chooses the presentation by what works.
@@ -91,6 +92,11 @@ func (s *Server) startData(ctx context.Context, keeperCommand []string, registry
 	unusable, _ := ProbePresentations(ctx)
 	if len(s.config.Remotes()) == 0 {
 		unusable[choose.Fabrics] = kind.Errorf(kind.Unsupported, "no other machine's store is configured")
+	}
+	for _, r := range s.config.Remotes() {
+		if r.Transport == remote.TransportRBD {
+			unusable[choose.Fabrics] = kind.Errorf(kind.Unsupported, "store %s exports images of Ceph", r.Name)
+		}
 	}
 	if s.fuse == nil {
 		unusable[choose.Fuse] = s.noFuse

@@ -48,7 +48,11 @@ type RemoteConfig struct {
 	Certificate string `toml:"certificate"`
 	Key         string `toml:"key"`
 	CA          string `toml:"ca"`
-	Transport   string `toml:"transport"`
+	// Transport is what blocks are asked for by: nvme-tcp, nvme-rdma (the kernel's NVMe host or
+	// a card only) or rbd.
+	Transport string `toml:"transport"`
+	// RBD is how this machine reaches the pool of a store in Ceph, with rbd.
+	RBD RBDConfig `toml:"rbd"`
 	// LossTimeout is how long reads wait for the store before they fail.
 	LossTimeout Duration `toml:"loss_timeout"`
 }
@@ -113,8 +117,12 @@ func (c *Config) validateRoles() error {
 		names[c.Target] = true
 	}
 	for i := range c.Remote {
-		if err := c.Remote[i].validate(names); err != nil {
+		r := &c.Remote[i]
+		if err := r.validate(names); err != nil {
 			return err
+		}
+		if r.Transport == remote.TransportRBD && r.RBD.Pool == "" && c.ImagesPart.Mode == ImagesHost {
+			return kind.Errorf(kind.Invalid, "remote %s: rbd.pool must be set: the pool of Ceph that the store is in", r.Name)
 		}
 		names[c.Remote[i].Name] = true
 	}
@@ -170,8 +178,16 @@ func (r *RemoteConfig) validate(taken map[string]bool) error {
 	if r.Transport == "" {
 		r.Transport = remote.TransportTCP
 	}
-	if r.Transport != remote.TransportTCP {
-		return kind.Errorf(kind.Invalid, "remote %s: transport %.40q: must be %s", r.Name, r.Transport, remote.TransportTCP)
+	switch r.Transport {
+	case remote.TransportTCP, remote.TransportRDMA:
+	case remote.TransportRBD:
+		if r.RBD.Config != "" {
+			if err := absolute(&r.RBD.Config); err != nil {
+				return err
+			}
+		}
+	default:
+		return kind.Errorf(kind.Invalid, "remote %s: transport %.40q: must be %s, %s or %s", r.Name, r.Transport, remote.TransportTCP, remote.TransportRDMA, remote.TransportRBD)
 	}
 	if r.LossTimeout == 0 {
 		r.LossTimeout = Duration(remote.DefaultLossTimeout)

@@ -173,19 +173,19 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 	if err := s.startData(ctx, keeperCommand, registry); err != nil {
 		return err
 	}
+	if s.config.Card() {
+		if err := s.startCard(registry); err != nil {
+			return err
+		}
+	}
 	// Before the attacher, which deletes what is in nobody's use.
 	if s.config.Images() {
-		if err := s.startImages(); err != nil {
+		if err := s.startImages(ctx); err != nil {
 			return err
 		}
 	}
 	if s.config.Store() {
 		if err := s.startStore(registry); err != nil {
-			return err
-		}
-	}
-	if s.config.Card() {
-		if err := s.startCard(registry); err != nil {
 			return err
 		}
 	}
