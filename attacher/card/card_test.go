@@ -9,12 +9,14 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 	opiv1 "github.com/opiproject/opi-api/storage/v1alpha1/gen/go"
 	"github.com/prometheus/client_golang/prometheus"
+	"go.etcd.io/bbolt"
 	"google.golang.org/protobuf/proto"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
@@ -22,6 +24,7 @@ import (
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/opi"
 	"github.com/thaw-project/thaw/spdk"
+	"github.com/thaw-project/thaw/statedb"
 )
 
 const block = attacherv1.Purpose_PURPOSE_BLOCK
@@ -600,4 +603,88 @@ func TestOtherUUID(t *testing.T) {
 		t.Errorf("%v then %v", a, b)
 	}
 	check(t, l.whole(b))
+}
+
+// TestDetachWhileRead takes a disk from a host that reads it all the time: it goes, and so
+// does the host's connection to it.
+func TestDetachWhileRead(t *testing.T) {
+	s := newStore(t, 1, "a", "b")
+	l := newLab(t, 2)
+	l.strangers(s)
+	c := l.card().Client()
+	a, b := attach(t, c, fromStore(s, "a")), attach(t, c, fromStore(s, "b"))
+	h := l.connect(a)
+	defer h.Close()
+	dev, err := h.Open(1)
+	check(t, err)
+	defer dev.Close()
+	var reads atomic.Int64
+	ended := make(chan error, 1)
+	go func() {
+		buf := make([]byte, 64<<10)
+		for off := int64(0); ; off = (off + int64(len(buf))) % diskBytes {
+			if _, err := dev.ReadAt(buf, off); err != nil {
+				ended <- err
+				return
+			}
+			reads.Add(1)
+		}
+	}()
+	eventually(t, func() error {
+		if reads.Load() < 100 {
+			return errors.New("the host does not read")
+		}
+		return nil
+	})
+	began := time.Now()
+	detach(t, c, "a")
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("a host that reads held it for %s", took)
+	}
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		h.Close() // what waits for a subsystem that is gone
+		<-ended
+	}
+	check(t, l.whole(b))
+	detach(t, c, "b")
+	l.clean()
+}
+
+// TestFormat reads what version 1 wrote, which must be read for ever.
+func TestFormat(t *testing.T) {
+	s := newStore(t, 1, "a")
+	l := newLab(t, 2)
+	db, err := openDB(l.o.DBPath)
+	check(t, err)
+	a := s.disks["a"]
+	names := identity.Card{Host: hostName}
+	id := names.NvmeNamespace("block\x00a", a.Uuid)
+	check(t, db.Update(func(tx *bbolt.Tx) error {
+		return errors.Join(
+			tx.Bucket([]byte("disks")).Put([]byte("block\x00a"), fmt.Appendf(nil,
+				`{"id":"a","purpose":1,"state":"attached","attachment":"11111111-2222-4333-8444-555555555555","function":"0:1:2",`+
+					`"uuid":%q,"remote":{"subsystem":%q,"host_nqn":%q,"portals":[{"address":"127.0.0.1","port":%s}],"nsid":1,"uuid":%q},"size_bytes":1048576,"read_only":true,"created":1}`,
+				id, a.SubsystemNqn, a.HostNqn, s.ports[0], a.Uuid)),
+			tx.Bucket([]byte("functions")).Put([]byte("0:1:2"), []byte("{\"disk\":\"block\\u0000a\",\"leased\":true}")),
+			tx.Bucket([]byte("functions")).Put([]byte("0:1:1"), []byte("{\"disk\":\"block\\u0000gone\",\"free\":1700000000000000000}")))
+	}))
+	check(t, db.Close())
+	c := l.card()
+	list, err := c.ListDisks(t.Context(), &attacherv1.ListDisksRequest{})
+	check(t, err)
+	if len(list.Disks) != 1 || list.Disks[0].AttachmentId != "11111111-2222-4333-8444-555555555555" || list.Disks[0].Function.VirtualFunction != 2 {
+		t.Fatalf("%v", list)
+	}
+	eventually(t, func() error { return l.whole(list.Disks[0]) })
+	detach(t, c.Client(), "a")
+	l.clean()
+	check(t, c.Close())
+	// A newer program's is refused.
+	newer, err := statedb.Open(statedb.Options{Path: l.o.DBPath, Part: dbPart, Version: dbVersion + 1, Upgrade: func(*bbolt.Tx, uint32) error { return nil }})
+	check(t, err)
+	check(t, newer.Close())
+	_, err = New(l.o)
+	want(t, kind.Unsupported, err)
 }

@@ -37,6 +37,15 @@ func ParseFunction(s string) (f Function, err error) {
 	return f, nil
 }
 
+// MarshalText and UnmarshalText make a record's functions text.
+func (f Function) MarshalText() ([]byte, error) { return []byte(f.String()), nil }
+
+// UnmarshalText is ParseFunction.
+func (f *Function) UnmarshalText(text []byte) (err error) {
+	*f, err = ParseFunction(string(text))
+	return err
+}
+
 func (f Function) proto() *attacherv1.PcieFunction {
 	return &attacherv1.PcieFunction{Port: uint32(f.Port), PhysicalFunction: uint32(f.Physical), VirtualFunction: uint32(f.Virtual)}
 }

@@ -415,8 +415,8 @@ func eventually(t testing.TB, what func() error) {
 	}
 }
 
-// read reads the whole disk as a host would, by a listener that is put there for it.
-func (l *lab) read(d *attacherv1.CardDisk) []byte {
+// connect connects to a disk as a host would, by a listener that is put there for it.
+func (l *lab) connect(d *attacherv1.CardDisk) *host.Host {
 	l.t.Helper()
 	ctx := context.Background()
 	port := freePort(l.t)
@@ -424,8 +424,15 @@ func (l *lab) read(d *attacherv1.CardDisk) []byte {
 		NvmeController: &opiv1.NvmeController{Spec: &opiv1.NvmeControllerSpec{Trtype: opiv1.NvmeTransportType_NVME_TRANSPORT_TYPE_TCP,
 			Endpoint: &opiv1.NvmeControllerSpec_FabricsId{FabricsId: &opiv1.FabricsEndpoint{Traddr: "127.0.0.1", Trsvcid: port, Adrfam: opiv1.NvmeAddressFamily_NVME_ADDRESS_FAMILY_IPV4}}}}})
 	check(l.t, err)
-	h, err := host.Connect(ctx, host.Config{Portals: []string{"127.0.0.1:" + port}, SubNQN: d.SubsystemNqn, HostNQN: identity.HostNQN(hostName), HostID: identity.HostID(hostName)})
+	h, err := host.Connect(ctx, host.Config{Portals: []string{"127.0.0.1:" + port}, SubNQN: d.SubsystemNqn, HostNQN: identity.HostNQN(hostName), HostID: identity.HostID(hostName), LossTimeout: 5 * time.Second})
 	check(l.t, err)
+	return h
+}
+
+// read reads the whole disk, as the disk that it should be.
+func (l *lab) read(d *attacherv1.CardDisk) []byte {
+	l.t.Helper()
+	h := l.connect(d)
 	defer h.Close()
 	all := h.NvmeNamespaces()
 	if len(all) != 1 || all[0].UUID.String() != d.Uuid || all[0].NGUID != all[0].UUID {
