@@ -64,8 +64,8 @@ clients = [%[8]q]
 [[remote]]
 name = %[9]q
 attacher = %[10]q
-certificate = "%[7]s/node/%[5]s.crt"
-key = "%[7]s/node/%[5]s.key"
+certificate = "%[7]s/node/%[4]s.crt"
+key = "%[7]s/node/%[4]s.key"
 ca = "%[7]s/ca.crt"
 `, filepath.Join(c.dir, "root"), filepath.Join(c.dir, "run"), filepath.Join(c.dir, "bridge"), nodeName, strings.Join(functions, ", "),
 		net.JoinHostPort("127.0.0.1", port), store.ca, hostName, storeName, net.JoinHostPort(store.address, "7443"))), 0o600); err != nil {
