@@ -136,10 +136,9 @@ func (p *proof) worker() *worker {
 	w := &worker{c: c, s: s}
 	err := func() error {
 		// The first round makes what is made once.
-		for round := range 2 {
+		for range 2 {
 			for _, way := range []direction{forth, back} {
-				o, err := run(c, s, w.what(way), nil, nil)
-				if err != nil {
+				if _, err := run(c, s, w.what(way), nil, nil); err != nil {
 					return fmt.Errorf("%s: %w", way, err)
 				}
 				if way == forth {
@@ -151,8 +150,9 @@ func (p *proof) worker() *worker {
 				if err != nil {
 					return err
 				}
-				if round == 1 {
-					w.points[way] = o.after
+				// What goes on in the background belongs to it.
+				if w.points[way], err = c.reached(c.marks()); err != nil {
+					return err
 				}
 				w.states[way] = have
 			}
