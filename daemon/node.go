@@ -34,7 +34,9 @@ func (s *Server) openRemote(registry *prometheus.Registry) (err error) {
 			Transport: r.Transport, LossTimeout: time.Duration(r.LossTimeout),
 		})
 	}
-	o.OpenRBD = s.rbdOpener(remotes)
+	if s.showsDisks() {
+		o.OpenRBD = s.rbdOpener(remotes)
+	}
 	if s.remote, err = remote.New(o); err != nil {
 		return err
 	}

@@ -228,6 +228,9 @@ func (s *Server) attachForKernel(ctx context.Context, target, block string) (fab
 	if err != nil {
 		return fabrics.Export{}, err
 	}
+	if x.RBD != nil {
+		return fabrics.Export{}, kind.Errorf(kind.Unsupported, "block %s of target %s is an image of Ceph, which nvme-fabrics does not reach", block, target)
+	}
 	out := fabrics.Export{Subsystem: x.Subsystem, HostNQN: x.HostNQN, HostID: x.HostID, NSID: x.NSID, UUID: x.UUID, SizeBytes: x.SizeBytes}
 	for _, p := range x.Portals {
 		out.Portals = append(out.Portals, fabrics.Portal(p))
