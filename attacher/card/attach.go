@@ -276,20 +276,33 @@ func (c *Card) giveUp(d *disk) {
 // show makes the host see a disk. Everything that is there already is compared and left.
 // The caller has the disk's lock.
 func (c *Card) show(ctx context.Context, d *disk, s *steps) error {
-	volume := d.Volume
-	if d.Remote != nil {
-		if err := c.connect(ctx, d, false); err != nil {
-			return err
-		}
-		s.done("connected")
-		var err error
-		if volume, err = c.find(ctx, d); err != nil {
+	if d.Remote == nil {
+		return c.showVolume(ctx, d, d.Volume, s)
+	}
+	if err := c.connect(ctx, d, false); err != nil {
+		return err
+	}
+	s.done("connected")
+	for until := time.Now().Add(findMost); ; {
+		volume, err := c.find(ctx, d)
+		if err != nil {
 			return err
 		}
 		s.done("found")
+		// What was found may be what the store just took away.
+		if err = c.showVolume(ctx, d, volume, s); !errors.Is(err, errGone) || time.Now().After(until) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(10 * time.Millisecond):
+		}
 	}
-	return c.showVolume(ctx, d, volume, s)
 }
+
+// errGone is a volume that is not there any more.
+var errGone = errors.New("the volume went away")
 
 // showVolume is show once the volume is there.
 func (c *Card) showVolume(ctx context.Context, d *disk, volume string, s *steps) error {
@@ -298,6 +311,9 @@ func (c *Card) showVolume(ctx context.Context, d *disk, volume string, s *steps)
 	}
 	s.done("subsystem")
 	if err := c.nvmeNamespace(ctx, d, volume); err != nil {
+		if d.Remote != nil && errors.Is(err, kind.NotFound) {
+			err = kind.Errorf(kind.Unavailable, "%w: %s", errGone, err.Error())
+		}
 		return err
 	}
 	s.done("nvmeNamespace")
