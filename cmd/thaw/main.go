@@ -101,7 +101,7 @@ func newRoot() *cobra.Command {
 		return usage{fmt.Errorf("%s: %w: see '%s --help'", cmd.CommandPath(), err, cmd.CommandPath())}
 	})
 	root.AddCommand(
-		newServer(), newAttacher(), newImageManagement(), newSnapshotter(), newKeeper(), newImage(), newLvol(), newSnapshot(), newTarget(), newBridge(), newAttachment(), newCard(), newCache(), newCertificate(),
+		newServer(), newAttacher(), newImageManagement(), newSnapshotter(), newKeeper(), newImage(), newLvol(), newSnapshot(), newTarget(), newBridge(), newAttachment(), newBlock(), newCard(), newCache(), newCertificate(),
 		newDoctor(), newContainerdConfig(),
 	)
 	return root
