@@ -38,6 +38,8 @@ const (
 type hold struct {
 	owner string
 	state holdState      // guarded by Attacher.mu
+	node  string         // guarded by Attacher.mu: whose stream it is, "" for one of this machine
+	taken chan struct{}  // guarded by Attacher.mu: closed when another stream takes a live hold over; one for each stream
 	calls sync.WaitGroup // calls that create for the owner; Add under Attacher.mu while live
 	gone  chan struct{}  // closed when an ending hold has left Attacher.holds
 }
@@ -55,7 +57,11 @@ func (a *Attacher) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingSe
 	}
 	defer a.calls.Done()
 	ctx := stream.Context()
-	h, err := a.beginHold(ctx, r.GetOwner())
+	node, remote, err := caller(ctx, "")
+	if err != nil {
+		return err
+	}
+	h, taken, err := a.takeHold(ctx, r.GetOwner(), node)
 	if err != nil {
 		return err
 	}
@@ -63,6 +69,8 @@ func (a *Attacher) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingSe
 	if err == nil {
 		select {
 		case <-a.life.Done():
+		case <-taken:
+			return kind.Errorf(kind.InUse, "owner %s holds by a newer stream of node %s", r.GetOwner(), node)
 		case <-ctx.Done():
 		}
 	}
@@ -72,36 +80,82 @@ func (a *Attacher) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingSe
 		return kind.Errorf(kind.Unavailable, "the attacher is stopping: hold again when it is back")
 	default:
 	}
-	a.endHold(h, live)
+	if remote && rpc.Lost(ctx) {
+		a.missHold(h, taken)
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if h.state == live && h.taken == taken {
+		a.endHoldLocked(h)
+	}
 	return err
 }
 
 // beginHold makes owner's hold live, once an earlier one has ended.
 func (a *Attacher) beginHold(ctx context.Context, owner string) (*hold, error) {
+	h, _, err := a.takeHold(ctx, owner, "")
+	return h, err
+}
+
+// takeHold makes owner's hold live for a stream of node, once an earlier one has ended, and
+// returns what tells that stream that another of the same node has it now: a node that comes
+// back from an interruption may be earlier than the news of its old connection's end.
+func (a *Attacher) takeHold(ctx context.Context, owner, node string) (*hold, chan struct{}, error) {
 	for {
 		a.mu.Lock()
 		h := a.holds[owner]
-		switch {
-		case h == nil:
-			h = &hold{owner: owner, state: live, gone: make(chan struct{})}
+		if h == nil {
+			h = &hold{owner: owner, state: returning, gone: make(chan struct{})}
 			a.holds[owner] = h
+		}
+		if h.state == live && node != "" && h.node == node {
+			close(h.taken)
+			h.state = returning
+		}
+		switch h.state {
+		case returning:
+			taken := make(chan struct{})
+			h.state, h.node, h.taken = live, node, taken
 			a.mu.Unlock()
-			return h, nil
-		case h.state == returning:
-			h.state = live
+			return h, taken, nil
+		case live:
 			a.mu.Unlock()
-			return h, nil
-		case h.state == live:
-			a.mu.Unlock()
-			return nil, kind.Errorf(kind.InUse, "owner %s holds already: owners must be unique", owner)
+			return nil, nil, kind.Errorf(kind.InUse, "owner %s holds already: owners must be unique", owner)
 		}
 		a.mu.Unlock()
 		select {
 		case <-h.gone:
 		case <-ctx.Done():
-			return nil, fmt.Errorf("wait for the end of owner %s's earlier hold: %w", owner, context.Cause(ctx))
+			return nil, nil, fmt.Errorf("wait for the end of owner %s's earlier hold: %w", owner, context.Cause(ctx))
 		}
 	}
+}
+
+// missHold ends a hold whose stream's connection broke, unless its owner holds again within
+// the grace: on a network that need not be anybody's death.
+func (a *Attacher) missHold(h *hold, taken chan struct{}) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closing || h.state != live || h.taken != taken {
+		return
+	}
+	h.state = returning
+	a.own.Go(func() {
+		grace := time.NewTimer(a.o.HoldGrace)
+		defer grace.Stop()
+		select {
+		case <-a.life.Done():
+			return
+		case <-grace.C:
+		}
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if h.state == returning && h.taken == taken { // nobody has held since
+			a.o.Logger.Info("an owner whose connection broke did not come back, removing what it held", "owner", h.owner)
+			a.endHoldLocked(h)
+		}
+	})
 }
 
 // endHold removes what h holds, in a goroutine of the attacher.
@@ -109,7 +163,14 @@ func (a *Attacher) beginHold(ctx context.Context, owner string) (*hold, error) {
 func (a *Attacher) endHold(h *hold, from holdState) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.closing || h.state != from {
+	if h.state == from {
+		a.endHoldLocked(h)
+	}
+}
+
+// endHoldLocked is endHold whatever the state. The caller has mu locked.
+func (a *Attacher) endHoldLocked(h *hold) {
+	if a.closing {
 		return
 	}
 	h.state = ending
@@ -292,7 +353,7 @@ func (a *Attacher) endAbsent() {
 	a.mu.Lock()
 	var absent []*hold
 	for _, h := range a.holds {
-		if h.state == returning {
+		if h.state == returning && h.taken == nil { // and has not held since the start
 			absent = append(absent, h)
 		}
 	}

@@ -64,6 +64,10 @@ func wantKind(t testing.TB, err error, want ...kind.Kind) {
 
 // openShop starts a store that lets converters of these names in.
 func openShop(t *testing.T, converters ...string) *shop {
+	return openShopFor(t, attacher.DefaultHoldGrace, converters...)
+}
+
+func openShopFor(t *testing.T, grace time.Duration, converters ...string) *shop {
 	s := &shop{T: t, dir: t.TempDir()}
 	s.ca = filepath.Join(s.dir, "ca")
 	_, err := certificate.NewAuthority(s.ca, time.Now())
@@ -87,7 +91,7 @@ func openShop(t *testing.T, converters ...string) *shop {
 		return s.lvols.OpenLvol(source.Lvol, readOnly)
 	})
 	s.attacher, err = attacher.New(attacher.Options{
-		Lvols: s.lvols, Presenter: presenter, DBPath: filepath.Join(s.dir, "attacher.db"), Target: "s", Exporter: s.exporter,
+		Lvols: s.lvols, Presenter: presenter, DBPath: filepath.Join(s.dir, "attacher.db"), Target: "s", Exporter: s.exporter, HoldGrace: grace,
 		Sync: func(context.Context, string) error { return nil },
 	})
 	must(t, err)

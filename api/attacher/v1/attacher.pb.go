@@ -282,7 +282,8 @@ func (x *CloneLvolRequest) GetReadOnly() bool {
 }
 
 // SnapshotLvol freezes what lvol holds now as the snapshot, of which lvol becomes a
-// clone. Unflushed writes of this machine are included.
+// clone. Unflushed writes of this machine are included; a node to which it is exported
+// flushes first.
 type SnapshotLvolRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Lvol          string                 `protobuf:"bytes,1,opt,name=lvol,proto3" json:"lvol,omitempty"`
@@ -1765,7 +1766,7 @@ func (x *CheckStoreResponse) GetReusableBlocks() []string {
 
 type Problem struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"` // leak, double-use, damage, missing (a block of an image)
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"` // leak, double-use, damage, missing (a block of an image, a writable layer)
 	Lvol          string                 `protobuf:"bytes,2,opt,name=lvol,proto3" json:"lvol,omitempty"`
 	OffsetBytes   int64                  `protobuf:"varint,3,opt,name=offset_bytes,json=offsetBytes,proto3" json:"offset_bytes,omitempty"`
 	Detail        string                 `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`

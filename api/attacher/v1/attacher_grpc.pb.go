@@ -66,11 +66,13 @@ type AttacherClient interface {
 	// Hold keeps what its caller works on: while the stream is open, exports and
 	// lvols created with its owner stay; when it ends (the caller is done, or dead)
 	// the attacher withdraws those exports and deletes those lvols. The first
-	// message answers that the hold is in place. After a restart of the attacher a
-	// caller has 10 seconds to hold again.
+	// message answers that the hold is in place. After a restart of the attacher, and
+	// on a network after a connection that broke, a caller has 10 seconds to hold again.
+	// A second stream of the same owner from the same node takes the hold over.
 	Hold(ctx context.Context, in *HoldRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[HoldResponse], error)
 	// Export gives write or read access to an lvol: on this machine a file that behaves
-	// like a disk, on another one an nvmeNamespace that only that machine sees.
+	// like a disk, on another one an nvmeNamespace that only that machine sees. An lvol has
+	// one export: another one is ALREADY_EXISTS.
 	Export(ctx context.Context, in *ExportRequest, opts ...grpc.CallOption) (*ExportResponse, error)
 	Unexport(ctx context.Context, in *UnexportRequest, opts ...grpc.CallOption) (*UnexportResponse, error)
 	// Images: which blocks make up which converted image.
@@ -324,11 +326,13 @@ type AttacherServer interface {
 	// Hold keeps what its caller works on: while the stream is open, exports and
 	// lvols created with its owner stay; when it ends (the caller is done, or dead)
 	// the attacher withdraws those exports and deletes those lvols. The first
-	// message answers that the hold is in place. After a restart of the attacher a
-	// caller has 10 seconds to hold again.
+	// message answers that the hold is in place. After a restart of the attacher, and
+	// on a network after a connection that broke, a caller has 10 seconds to hold again.
+	// A second stream of the same owner from the same node takes the hold over.
 	Hold(*HoldRequest, grpc.ServerStreamingServer[HoldResponse]) error
 	// Export gives write or read access to an lvol: on this machine a file that behaves
-	// like a disk, on another one an nvmeNamespace that only that machine sees.
+	// like a disk, on another one an nvmeNamespace that only that machine sees. An lvol has
+	// one export: another one is ALREADY_EXISTS.
 	Export(context.Context, *ExportRequest) (*ExportResponse, error)
 	Unexport(context.Context, *UnexportRequest) (*UnexportResponse, error)
 	// Images: which blocks make up which converted image.
