@@ -311,7 +311,11 @@ func (c *Card) showVolume(ctx context.Context, d *disk, volume string, s *steps)
 	}
 	s.done("subsystem")
 	if err := c.nvmeNamespace(ctx, d, volume); err != nil {
-		if d.Remote != nil && errors.Is(err, kind.NotFound) {
+		if d.Remote == nil || ctx.Err() != nil {
+			return err
+		}
+		// SPDK does not say whether it is for this.
+		if _, gerr := call(ctx, c.bridge.remote.GetNvmeRemoteNamespace, &opiv1.GetNvmeRemoteNamespaceRequest{Name: volume}); errors.Is(gerr, kind.NotFound) {
 			err = kind.Errorf(kind.Unavailable, "%w: %s", errGone, err.Error())
 		}
 		return err
