@@ -56,7 +56,8 @@ type Options struct {
 	// Snapshotter is the plugin's name in containerd's configuration.
 	Snapshotter string
 	// Presentations has for each presentation (choose.Names) that this program has nil,
-	// or why it cannot be used here. Nil leaves them out.
+	// or why it cannot be used here. Nil is a machine that shows no disks itself, which leaves
+	// them and FUSE out.
 	Presentations map[string]error
 	// PresentationDetails says more of those that can be used.
 	PresentationDetails map[string]string
@@ -67,8 +68,11 @@ type Options struct {
 // Examine runs all checks in the order an operator would fix them.
 func Examine(ctx context.Context, o Options) []Finding {
 	checks := []func(context.Context, Options) Finding{
-		privileges, kernel, fuseDevice, filesystem("overlay"), filesystem("erofs"), filesystem("ext4"), loop,
+		privileges, kernel, filesystem("overlay"), filesystem("erofs"), filesystem("ext4"), loop,
 		tool("mkfs.ext4", "e2fsprogs", "to convert with --filesystem ext4"), disk(func(o Options) string { return o.Root }), runDir,
+	}
+	if o.Presentations != nil {
+		checks = slices.Insert(checks, 2, fuseDevice)
 	}
 	for _, name := range slices.Sorted(maps.Keys(o.MetricsSockets)) {
 		checks = append(checks, process(name, o.MetricsSockets[name]))

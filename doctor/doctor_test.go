@@ -33,6 +33,22 @@ func TestMissingPartsAreFailuresWithAdvice(t *testing.T) {
 	}
 }
 
+func TestMachineThatShowsNoDisksNeedsNoFUSE(t *testing.T) {
+	o := Options{Root: t.TempDir(), Run: t.TempDir(), Snapshotter: "thaw"}
+	has := func(check string) (found bool) {
+		for _, f := range Examine(context.Background(), o) {
+			found = found || f.Check == check
+		}
+		return found
+	}
+	if has("fuse") {
+		t.Error("FUSE is looked for")
+	}
+	if o.Presentations = map[string]error{}; !has("fuse") {
+		t.Error("FUSE is not looked for where disks are shown")
+	}
+}
+
 func TestExisting(t *testing.T) {
 	if got := existing("/proc/self/does/not/exist"); got != "/proc/self" {
 		t.Errorf("got %s", got)

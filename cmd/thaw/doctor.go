@@ -33,7 +33,11 @@ func newDoctor() *cobra.Command {
 				return err
 			}
 			p := config.Paths()
-			presentations, details := daemon.ProbePresentations(cmd.Context())
+			var presentations map[string]error
+			var details map[string]string
+			if config.Store() || config.Images() && config.ImagesPart.Mode == daemon.ImagesHost {
+				presentations, details = daemon.ProbePresentations(cmd.Context())
+			}
 			findings := doctor.Examine(cmd.Context(), doctor.Options{
 				Root: config.Root, Run: config.Run, MetricsSockets: processes(config), SnapshotterSocket: p.SnapshotterSocket,
 				ContainerdSocket: containerd, Snapshotter: snapshotter,
