@@ -498,12 +498,19 @@ func (b *Backend) showDisk(ctx context.Context, n *node, d *disk) error {
 	}
 	b.mu.Lock()
 	id := b.store.NvmeNamespace(d.space(), n.name)
+	b.mu.Unlock()
+	unlock, err := b.lockClone(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	b.mu.Lock()
 	volume := d.id // also after a rename
 	if c := b.clones[id]; c != "" {
 		volume = c
 	}
 	b.mu.Unlock()
-	err := b.createNamespace(ctx, n, d, id, volume)
+	err = b.createNamespace(ctx, n, d, id, volume)
 	if err != nil && !errors.Is(err, kind.Unavailable) && !errors.Is(err, kind.NotFound) {
 		// Something has its place or identity; or the volume, where it can be only once.
 		first := err
@@ -540,7 +547,8 @@ func (b *Backend) createNamespace(ctx context.Context, n *node, d *disk, id uuid
 }
 
 // makeClone makes an lvol that shows the same bytes as the disk's read-only one, for a
-// target that shows a volume once only.
+// target that shows a volume once only. Who else has that one may be gone by now: a clone
+// is right all the same.
 func (b *Backend) makeClone(ctx context.Context, d *disk, id uuid.UUID) (volume string, err error) {
 	l, err := b.lvols.GetLvol(ctx, &lvolv1.GetLvolRequest{Name: b.lvolName(d.lvol)})
 	if err != nil {
@@ -548,8 +556,6 @@ func (b *Backend) makeClone(ctx context.Context, d *disk, id uuid.UUID) (volume 
 	}
 	source := l.GetName()
 	switch {
-	case !l.GetInUse():
-		return "", kind.Errorf(kind.InUse, "the target refuses to show it")
 	case l.GetSnapshot():
 	case l.GetReadOnly() && l.GetAllocatedBytes() == 0 && l.GetParent() != "": // a soldier, the same as its block
 		source = l.GetParent()
@@ -568,15 +574,26 @@ func (b *Backend) makeClone(ctx context.Context, d *disk, id uuid.UUID) (volume 
 	return c.GetUuid(), err
 }
 
-// dropClone deletes the lvol that stood in for one that an nvmeNamespace showed.
+// dropClone deletes the lvol that stood in for one that an nvmeNamespace showed, if no
+// node should see that any more.
 func (b *Backend) dropClone(ctx context.Context, id uuid.UUID) error {
+	unlock, err := b.lockClone(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	b.mu.Lock()
-	have := b.clones[id] != ""
+	drop := b.clones[id] != ""
+	for _, n := range b.nodes {
+		for _, d := range n.disks {
+			drop = drop && (d.leaving || b.store.NvmeNamespace(d.space(), n.name) != id)
+		}
+	}
 	b.mu.Unlock()
-	if !have {
+	if !drop {
 		return nil
 	}
-	_, err := b.lvols.DeleteLvol(ctx, &lvolv1.DeleteLvolRequest{Name: b.lvolName(hiddenPrefix + id.String()), AllowMissing: true})
+	_, err = b.lvols.DeleteLvol(ctx, &lvolv1.DeleteLvolRequest{Name: b.lvolName(hiddenPrefix + id.String()), AllowMissing: true})
 	if err != nil {
 		return err
 	}
@@ -584,4 +601,11 @@ func (b *Backend) dropClone(ctx context.Context, id uuid.UUID) error {
 	delete(b.clones, id)
 	b.mu.Unlock()
 	return nil
+}
+
+// lockClone keeps the stand-in of an nvmeNamespace from being deleted, or used. Whoever
+// has a node locked too took that before.
+func (b *Backend) lockClone(ctx context.Context, id uuid.UUID) (unlock func(), err error) {
+	unlock, err = b.shows.Lock(ctx, "/"+id.String()) // no node's name has a slash
+	return unlock, kind.Wrap(kind.Unavailable, err)
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -60,14 +62,15 @@ func (b *Backend) glance() error {
 	defer cancel()
 	gone, err := b.missing(ctx, b.store.Anchor())
 	b.mu.Lock()
-	if err != nil || gone || time.Since(b.checked) > fullEvery {
+	if err != nil || gone {
 		b.lost = true // after an error too: something may have happened meanwhile
 	}
+	due := time.Since(b.checked) > fullEvery
 	b.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	return b.converge(ctx)
+	return b.compare(ctx, due)
 }
 
 // base makes the volume below the lvstore known to a target that forgot it, and with
@@ -96,10 +99,13 @@ func (b *Backend) base(ctx context.Context, create bool) error {
 	return err
 }
 
-// converge makes the target show what it should and, when the attacher has said what
-// nodes have, nothing else of the store's. It does nothing unless something is lost. When
-// it fails all is compared again soon.
-func (b *Backend) converge(ctx context.Context) error {
+// converge makes the target show what it should, if something of that is lost.
+func (b *Backend) converge(ctx context.Context) error { return b.compare(ctx, false) }
+
+// compare is converge, also when nothing is known to be lost if all is set. When the
+// attacher has said what nodes have, nothing else of the store's stays. When it fails it
+// is done again soon.
+func (b *Backend) compare(ctx context.Context, all bool) error {
 	select { // one at a time
 	case b.replay <- struct{}{}:
 		defer func() { <-b.replay }()
@@ -110,7 +116,7 @@ func (b *Backend) converge(ctx context.Context) error {
 	lost := b.lost
 	b.lost = false // who finds another loss meanwhile says so
 	b.mu.Unlock()
-	if !lost {
+	if !lost && !all {
 		return nil
 	}
 	if err := b.replayAll(context.WithValue(ctx, keeping{}, true)); err != nil {
@@ -279,17 +285,9 @@ func (b *Backend) sweep(ctx context.Context, nqn string) error {
 // sweepClones deletes the lvols that stood in for others and do so no more.
 func (b *Backend) sweepClones(ctx context.Context) error {
 	b.mu.Lock()
-	drop := map[uuid.UUID]bool{}
-	for id := range b.clones {
-		drop[id] = true
-	}
-	for _, n := range b.nodes {
-		for _, d := range n.disks {
-			delete(drop, b.store.NvmeNamespace(d.space(), n.name))
-		}
-	}
+	ids := slices.Collect(maps.Keys(b.clones))
 	b.mu.Unlock()
-	for id := range drop {
+	for _, id := range ids {
 		if err := b.dropClone(ctx, id); err != nil {
 			return err
 		}

@@ -52,7 +52,8 @@ type Options struct {
 	// AIO is the file or block device below the lvstore, by its path on the target's machine. When
 	// the target has forgotten it, it is told again. Empty: somebody else looks after it.
 	AIO string
-	// BlockBytes is the block size of AIO; default 512.
+	// BlockBytes is the block size of AIO; default the device's own below /dev, and 512
+	// for a file.
 	BlockBytes int
 	// Create makes the lvstore on AIO when there is none there, and destroys what else is.
 	// It is for the first start of a store only: later an lvstore that is not there
@@ -100,7 +101,7 @@ func parsePortal(s string) (portal, error) {
 }
 
 func (o *Options) fill() error {
-	if o.BlockBytes == 0 {
+	if o.BlockBytes == 0 && !strings.HasPrefix(o.AIO, "/dev/") {
 		o.BlockBytes = 512
 	}
 	for p, d := range map[*time.Duration]time.Duration{
