@@ -150,6 +150,7 @@ func readStore(ctx context.Context, a *attacherv1.Attachment, offset, length int
 
 // TestCardEmbedded kills a store with a pool of its own, and a card.
 func TestCardEmbedded(t *testing.T) {
+	inSample(t, "TestDPU")
 	prove(t, 40, func(t *testing.T) (*chain, subject) {
 		c, k := newCard(t, embedded)
 		return c, &drive{k}
@@ -158,6 +159,7 @@ func TestCardEmbedded(t *testing.T) {
 
 // TestCard kills the attachers, bridges and targets of store and card.
 func TestCard(t *testing.T) {
+	inSample(t, "TestDPU")
 	prove(t, 60, func(t *testing.T) (*chain, subject) {
 		c, k := newCard(t, overSPDK)
 		return c, &drive{k}

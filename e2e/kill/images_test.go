@@ -7,8 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -139,6 +143,7 @@ func TestImagesEmbedded(t *testing.T) {
 
 // TestImages kills image-mgmt and the store's attacher, bridge and target.
 func TestImages(t *testing.T) {
+	inSample(t, "TestDPU")
 	prove(t, 30, func(t *testing.T) (*chain, subject) { return newShown(t, overSPDK) })
 }
 
@@ -182,10 +187,86 @@ func (d *dpu) check(ctx context.Context) error {
 
 // TestDPUEmbedded kills image-mgmt and a card, and a store with a pool of its own.
 func TestDPUEmbedded(t *testing.T) {
+	inSample(t, "TestDPU")
 	prove(t, 50, func(t *testing.T) (*chain, subject) { return newDPU(t, embedded) })
 }
 
 // TestDPU kills every process there is between an image and a host's drive.
 func TestDPU(t *testing.T) {
 	prove(t, 70, func(t *testing.T) (*chain, subject) { return newDPU(t, overSPDK) })
+}
+
+// layer is a subject: a writable layer over a block, as a drive of the card's host.
+type layer struct{ *dpu }
+
+const layerID = "layer-1"
+
+func (l *layer) layer() *imagemgmtv1.Layer {
+	return &imagemgmtv1.Layer{Block: &imagemgmtv1.Block{Target: storeName, Name: l.soldier()}, Path: l.c.path(layerID)}
+}
+
+func (l *layer) do(ctx context.Context) error {
+	_, err := l.images.api.AttachWritable(ctx, &imagemgmtv1.AttachWritableRequest{Layer: l.layer(), Id: layerID})
+	return err
+}
+
+func (l *layer) undo(ctx context.Context) error {
+	_, err := l.images.api.DeleteWritable(ctx, &imagemgmtv1.DeleteWritableRequest{Layer: l.layer(), Id: layerID})
+	return err
+}
+
+// check writes to the layer as the machine does, and reads it back.
+func (l *layer) check(ctx context.Context) error {
+	const offset, length = 1 << 20, 4096
+	if err := writeDrive(l.c, l.qmp, offset, length, 0xa5); err != nil {
+		return err
+	}
+	have, err := readDrive(l.c, l.qmp, offset, length)
+	if err != nil {
+		return err
+	}
+	if want := strings.Repeat("a5", length); have != want {
+		return fmt.Errorf("the layer reads as %.60s after it was written to", have)
+	}
+	return errors.Join(l.own.untouched(), l.untouched())
+}
+
+// state leaves out what was written, and calls identities by numbers: those of a layer
+// follow from its lvol, which is another one each time.
+func (l *layer) state(ctx context.Context) (state, error) {
+	all, err := l.dpu.state(ctx)
+	numbers := map[string]string{}
+	for _, key := range slices.Sorted(maps.Keys(all)) {
+		text := clusters.ReplaceAllString(all[key], "")
+		all[key] = identities.ReplaceAllStringFunc(text, func(id string) string {
+			id = strings.ToLower(strings.ReplaceAll(id, "-", ""))
+			if numbers[id] == "" {
+				numbers[id] = fmt.Sprintf("(identity %d)", len(numbers))
+			}
+			return numbers[id]
+		})
+	}
+	return all, err
+}
+
+var (
+	clusters   = regexp.MustCompile(`,?"(allocatedBytes|allocatedClusters|num_allocated_clusters|free_clusters|freeClusters)":"?[0-9]+"?`)
+	identities = regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9A-F]{32}|"[0-9a-f]{20}"`)
+)
+
+// TestLayerEmbedded is TestDPUEmbedded with a layer that is written to.
+func TestLayerEmbedded(t *testing.T) {
+	inSample(t, "TestLayer")
+	prove(t, 50, func(t *testing.T) (*chain, subject) {
+		c, d := newDPU(t, embedded)
+		return c, &layer{d.(*dpu)}
+	})
+}
+
+// TestLayer is TestDPU with a layer that is written to.
+func TestLayer(t *testing.T) {
+	prove(t, 70, func(t *testing.T) (*chain, subject) {
+		c, d := newDPU(t, overSPDK)
+		return c, &layer{d.(*dpu)}
+	})
 }

@@ -107,6 +107,14 @@ func prove(t *testing.T, least int, setUp func(t *testing.T) (*chain, subject)) 
 		found, p.done[forth], p.done[back], p.longest.Round(time.Millisecond), p.slowest, p.again.Round(time.Millisecond), time.Since(p.start).Round(time.Second))
 }
 
+// inSample skips a test whose points are among those of another, unless all are asked for.
+func inSample(t *testing.T, of string) {
+	t.Helper()
+	if os.Getenv("THAW_KILL") == "" {
+		t.Skipf("its steps are sampled by %s: run make test-kill", of)
+	}
+}
+
 // kills are the points of a trace.
 func kills(trace map[string][]string) []kill {
 	var all []kill

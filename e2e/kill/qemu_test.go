@@ -1,6 +1,7 @@
 package kill
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -127,27 +128,10 @@ var dumped = regexp.MustCompile(`(?m)^[0-9a-f]{8}: {1,2}((?:[0-9a-f]{2} ){16})`)
 
 // readDrive reads bytes of the only drive of the card as the machine does, in hexadecimal.
 func readDrive(c *chain, socket string, offset, length int64) (string, error) {
-	var devices []object
-	if err := qmp(socket, "qom-list", object{"path": "/machine/peripheral"}, &devices); err != nil {
-		return "", err
-	}
-	i := slices.IndexFunc(devices, func(d object) bool { return d["type"] == "child<nvme>" && d["name"] != "somebody" })
-	if i < 0 {
-		return "", fmt.Errorf("the machine has no drive of the card")
-	}
-	output := c.path("log", "qemu.log")
-	before, err := os.Stat(output)
+	raw, err := qemuIO(c, socket, fmt.Sprintf("read -v %d %d", offset, length))
 	if err != nil {
 		return "", err
 	}
-	if err := qmp(socket, "human-monitor-command", object{"command-line": fmt.Sprintf("qemu-io -d /machine/peripheral/%s \"read -v %d %d\"", devices[i]["name"], offset, length)}, nil); err != nil {
-		return "", err
-	}
-	raw, err := os.ReadFile(output)
-	if err != nil {
-		return "", err
-	}
-	raw = raw[before.Size():]
 	var all strings.Builder
 	for _, line := range dumped.FindAllSubmatch(raw, -1) {
 		all.WriteString(strings.ReplaceAll(string(line[1]), " ", ""))
@@ -156,4 +140,39 @@ func readDrive(c *chain, socket string, offset, length int64) (string, error) {
 		return "", fmt.Errorf("read %d of %d bytes: %.500q", all.Len()/2, length, raw)
 	}
 	return all.String(), nil
+}
+
+// writeDrive writes a byte again and again.
+func writeDrive(c *chain, socket string, offset, length int64, b byte) error {
+	raw, err := qemuIO(c, socket, fmt.Sprintf("write -P %d %d %d", b, offset, length))
+	if err == nil && !bytes.Contains(raw, fmt.Appendf(nil, "wrote %d/%d bytes at offset %d", length, length, offset)) {
+		err = fmt.Errorf("write to the drive: %.500q", raw)
+	}
+	return err
+}
+
+// qemuIO executes a command of qemu-io's on the only drive of the card and returns what it
+// prints.
+func qemuIO(c *chain, socket, command string) ([]byte, error) {
+	var devices []object
+	if err := qmp(socket, "qom-list", object{"path": "/machine/peripheral"}, &devices); err != nil {
+		return nil, err
+	}
+	i := slices.IndexFunc(devices, func(d object) bool { return d["type"] == "child<nvme>" && d["name"] != "somebody" })
+	if i < 0 {
+		return nil, fmt.Errorf("the machine has no drive of the card")
+	}
+	output := c.path("log", "qemu.log")
+	before, err := os.Stat(output)
+	if err != nil {
+		return nil, err
+	}
+	if err := qmp(socket, "human-monitor-command", object{"command-line": fmt.Sprintf("qemu-io -d /machine/peripheral/%s \"%s\"", devices[i]["name"], command)}, nil); err != nil {
+		return nil, err
+	}
+	raw, err := os.ReadFile(output)
+	if err != nil {
+		return nil, err
+	}
+	return raw[before.Size():], nil
 }

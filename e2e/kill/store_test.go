@@ -298,6 +298,7 @@ func TestAttachEmbedded(t *testing.T) {
 
 // TestAttach kills attacher, bridge and target.
 func TestAttach(t *testing.T) {
+	inSample(t, "TestDPU")
 	prove(t, 20, func(t *testing.T) (*chain, subject) { return newAttach(t, overSPDK) })
 }
 
