@@ -41,7 +41,7 @@ import (
 const (
 	// DefaultHoldGrace is how long the owners of a killed attacher have to hold again, and
 	// callers that got no answer to ask again; part of the contract.
-	DefaultHoldGrace = 10 * time.Second
+	DefaultHoldGrace = 7 * time.Second
 
 	// DefaultInterval is how often what the target has is compared with what is on record.
 	DefaultInterval = 2 * time.Second

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -401,5 +402,80 @@ func TestStoreGone(t *testing.T) {
 	eventually(t, func() error { return l.whole(a) })
 	detach(t, c.Client(), "a")
 	detach(t, c.Client(), "n")
+	l.clean()
+}
+
+// TestOthersKilledAtEveryStep kills the card's target, or its bridge, at each step of attach
+// and of detach. Whoever asks again within ten seconds has what it asked for.
+func TestOthersKilledAtEveryStep(t *testing.T) {
+	s := newStore(t, 1, "a", "b")
+	root := shortDir(t)
+	p := spawn(t, childTarget, root, "target")
+	l := connectLab(t, root, 4)
+	stopBridge := serveBridge(t, root, l.functions)
+	t.Cleanup(func() { stopBridge() })
+	var err error
+	l.conn, err = attacherrpc.Dial(filepath.Join(root, "bridge"))
+	check(t, err)
+	t.Cleanup(func() { l.conn.Close() })
+	l.o.Bridge = l.conn
+
+	var mu sync.Mutex
+	var at string
+	var kills func()
+	c, err := open(l.o, func(step string) {
+		mu.Lock()
+		defer mu.Unlock()
+		if step == at {
+			at = ""
+			kills()
+		}
+	})
+	check(t, err)
+	defer c.Close()
+	b := attach(t, c.Client(), fromStore(s, "b"))
+	killTarget := func() {
+		p.kill()
+		l.functions.Reset()
+		p.start(filepath.Join(root, "target"))
+	}
+	killBridge := func() {
+		stopBridge()
+		stopBridge = serveBridge(t, root, l.functions)
+	}
+	var steps []string
+	for _, of := range []string{"attach: leased", "attach: connected", "attach: found", "attach: subsystem", "attach: nvmeNamespace", "attach: controller", "attach: recorded",
+		"detach: recorded", "detach: controller", "detach: nvmeNamespace", "detach: subsystem", "detach: disconnected", "detach: freed"} {
+		steps = append(steps, "card."+of)
+	}
+	for _, who := range []func(){killTarget, killBridge} {
+		for _, step := range steps {
+			mu.Lock()
+			at, kills = step, who
+			mu.Unlock()
+			var a *attacherv1.CardDisk
+			eventually(t, func() (err error) {
+				a, err = c.Client().AttachDisk(t.Context(), fromStore(s, "a"))
+				return err
+			})
+			eventually(t, func() error { return errors.Join(l.whole(a), l.whole(b)) })
+			eventually(t, func() error {
+				_, err := c.Client().DetachDisk(t.Context(), &attacherv1.DetachDiskRequest{Id: "a", Purpose: block})
+				return err
+			})
+			eventually(t, func() error {
+				if own := l.dump(true); strings.Count(own, "subsystem ") != 1 || strings.Count(own, "function ") != 1 {
+					return errors.New(own)
+				}
+				return l.whole(b)
+			})
+			mu.Lock()
+			if at != "" {
+				t.Errorf("step %s was not reached", at)
+			}
+			mu.Unlock()
+		}
+	}
+	detach(t, c.Client(), "b")
 	l.clean()
 }
