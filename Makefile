@@ -14,6 +14,10 @@ PACKAGES ?= ./...
 # What has tests in a guest: those that call guest.New.
 VM_PACKAGES ?= $(shell grep -rl --include='*_test.go' 'e2e/guest"' . | xargs -r -n1 dirname | sort -u)
 
+# go-ceph wants to be told of a librbd older than 18, as Debian 12's.
+CEPH_TAGS = ceph$(shell grep -qs rbd_encryption_load2 /usr/include/rbd/librbd.h || echo ,pacific)
+CEPH_PACKAGES ?= ./attacher/backend/rbd ./e2e/ceph
+
 # The tools are built when their versions change, which tools/go.mod and go.sum name.
 TOOLS_STAMP := bin/.tools-$(shell cat tools/go.mod tools/go.sum | sha256sum | cut -c1-16)
 
@@ -38,6 +42,11 @@ build: ## build bin/thaw, a static binary
 build-failpoint: ## build bin/thaw-failpoint, which can be told to die at named steps (package failpoint)
 	@mkdir -p bin
 	go build -trimpath -tags failpoint -ldflags '-s -w -X main.version=$(VERSION)' -o bin/thaw-failpoint ./cmd/thaw
+
+.PHONY: ceph
+ceph: ## build bin/thaw-ceph, which keeps lvols in Ceph too (cgo, librbd-dev)
+	@mkdir -p bin
+	CGO_ENABLED=1 go build -trimpath -tags $(CEPH_TAGS) -ldflags '-s -w -X main.version=$(VERSION)' -o bin/thaw-ceph ./cmd/thaw
 
 .PHONY: tools
 tools: $(TOOLS_STAMP) ## build containerd, its shim, ctr and staticcheck into bin/
@@ -79,6 +88,13 @@ test-vm: deps tools build ## the tests that need another kernel, in a virtual ma
 	@tools/install-deps guest
 	@go run ./e2e/guest/try
 	@THAW_VM=1 go test -json -count=1 -p 1 -timeout 30m $(VM_PACKAGES) | go run ./e2e/report -live /e2e/guest
+
+.PHONY: test-ceph
+test-ceph: deps tools ## a Ceph cluster of one machine: conformance, conversion, start, figures (root)
+	@tools/install-deps ceph
+	@$(MAKE) --no-print-directory ceph
+	@CGO_ENABLED=1 go vet -tags $(CEPH_TAGS),failpoint $(CEPH_PACKAGES)
+	@THAW_CEPH=1 CGO_ENABLED=1 go test -tags $(CEPH_TAGS),failpoint -json -count=1 -p 1 -timeout 30m $(CEPH_PACKAGES) | go run ./e2e/report -live /e2e/ceph
 
 .PHONY: test
 test: ## everything CI runs: lint, all tests, end-to-end tests; installs what it needs

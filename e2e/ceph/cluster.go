@@ -232,10 +232,7 @@ mon cluster log file = %[4]s/cluster.log
 mgr data = %[4]s/mgr
 keyring = %[4]s/mgr/keyring
 mgr initial modules =
-mgr stats period = 1
 [osd]
-osd mgr report interval = 1
-mgr stats period = 1
 osd data = %[4]s/osd
 keyring = %[4]s/osd/keyring
 osd objectstore = bluestore
@@ -287,15 +284,23 @@ func freePorts(n int) ([]int, error) {
 	return ports, nil
 }
 
-// User makes a cephx user with the capabilities that docs/ceph.md asks for, and
-// returns the path of its keyring, which ceph.conf may name.
-func (c *Cluster) User(ctx context.Context, name, pool string) (string, error) {
+// User makes a cephx user with the capabilities that docs/ceph.md asks for; ceph.conf
+// names its keyring from then on.
+func (c *Cluster) User(ctx context.Context, name, pool string) error {
 	out, err := c.Ceph(ctx, "auth", "get-or-create", "client."+name, "mon", "profile rbd", "osd", "profile rbd pool="+pool)
 	if err != nil {
-		return "", err
+		return err
 	}
 	path := filepath.Join(c.dir, "client."+name+".keyring")
-	return path, os.WriteFile(path, out, 0o600)
+	if err := os.WriteFile(path, out, 0o600); err != nil {
+		return err
+	}
+	conf, err := os.OpenFile(c.Config, os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(conf, "[client.%s]\nkeyring = %s\n", name, path)
+	return errors.Join(err, conf.Close())
 }
 
 // Ceph runs the command line's ceph and returns what it prints.

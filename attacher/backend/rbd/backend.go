@@ -34,6 +34,9 @@ const (
 	// countAge is how old the count of a writable lvol's clusters may be.
 	countAge = time.Second
 
+	// sweepInterval is how often it is tried again to remove what somebody had open.
+	sweepInterval = time.Minute
+
 	// parallel is how many images are looked at together.
 	parallel = 8
 )
@@ -49,8 +52,9 @@ type Backend struct {
 	names   keylock.Set   // one operation at a time on an lvol, by its name
 	pending chan struct{} // full of calls that wait for the cluster
 
-	commits sync.Mutex // one change of the index at a time; before mu
-	sweeps  sync.Mutex // one collect at a time
+	commits sync.Mutex    // one change of the index at a time; before mu
+	sweeps  sync.Mutex    // one collect at a time
+	wake    chan struct{} // capacity 1: there may be something to collect
 
 	mu       sync.RWMutex
 	index    *index                          // guarded by mu
@@ -93,7 +97,7 @@ func New(ctx context.Context, o Options) (*Backend, error) {
 		return nil, err
 	}
 	b := &Backend{
-		o: o, log: o.Logger, c: c, pending: make(chan struct{}, maxPending), index: newIndex(), making: make(map[string]int),
+		o: o, log: o.Logger, c: c, pending: make(chan struct{}, maxPending), wake: make(chan struct{}, 1), index: newIndex(), making: make(map[string]int),
 		open: newTable(o.Timeout), exported: make(map[string]map[string]exportUse), counts: make(map[string]count),
 	}
 	b.life, b.end = context.WithCancel(context.Background())
@@ -103,6 +107,7 @@ func New(ctx context.Context, o Options) (*Backend, error) {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.own.Go(func() { b.sweeper(b.life) })
 	b.own.Go(func() {
 		b.session.keep(b.life, o.Lease, func(err error) { b.log.Error("cannot renew the lock on the store", "store", b.oid(), "error", err) })
 	})
@@ -129,13 +134,7 @@ func (b *Backend) begin(ctx context.Context) error {
 	b.mu.Lock()
 	b.session, b.index = s, x
 	b.mu.Unlock()
-	if err := b.finishResizes(ctx); err != nil {
-		return err
-	}
-	if err := b.collect(ctx); err != nil {
-		b.log.Warn("cannot remove all that an earlier process left", "store", b.oid(), "error", err)
-	}
-	return nil
+	return b.finishResizes(ctx)
 }
 
 // Close closes devices and gives the store back. When the cluster does not answer it

@@ -35,7 +35,8 @@ func (b *Backend) OpenLvol(name string, readOnly bool) (bdev.Device, error) {
 		if written {
 			return kind.Errorf(kind.InUse, "node %s writes it", node)
 		}
-		d, err := b.open.open(r.UUID, r.Image, r.readFrom(), readOnly, func() (*rbd.Image, error) { return b.openImage(r.Image, r.readFrom()) })
+		image, snap := b.source(r)
+		d, err := b.open.open(r.UUID, image, snap, readOnly, func() (*rbd.Image, error) { return b.openImage(image, snap) })
 		if err != nil {
 			return wrap(err, "open image %s", b.imageName(r.Image))
 		}
@@ -129,9 +130,10 @@ func (x exporter) Export(e attacher.Export, _ string) (attacher.Exported, error)
 		}
 		b.noteExportLocked(e)
 		delete(b.counts, r.UUID)
+		image, snap := b.sourceLocked(r)
 		out = attacher.Exported{
 			SizeBytes: r.SizeBytes,
-			RBD:       &attacher.RBDImage{Cluster: b.c.fsid, Pool: b.o.Pool, Image: b.imageName(r.Image), Snapshot: r.readFrom()},
+			RBD:       &attacher.RBDImage{Cluster: b.c.fsid, Pool: b.o.Pool, Image: b.imageName(image), Snapshot: snap},
 		}
 		return nil
 	})
@@ -199,6 +201,9 @@ type Opener struct {
 	open  *table
 	calls chan struct{} // full of opens that wait for the cluster
 	next  atomic.Int64
+
+	once sync.Once
+	err  error // of Close
 }
 
 // NewOpener connects to the cluster. Prefix, ObjectBytes and Lease of the options mean
@@ -270,9 +275,12 @@ func (o *Opener) Open(ctx context.Context, image attacher.RBDImage, readOnly boo
 // Close closes what is open and the connection. When the cluster does not answer it
 // returns after Options.Timeout with kind.Unavailable.
 func (o *Opener) Close() error {
-	return within(o.o.Timeout, "close the connection to Ceph", func() error {
-		err := o.open.close()
-		o.c.close()
-		return err
+	o.once.Do(func() {
+		o.err = within(o.o.Timeout, "close the connection to Ceph", func() error {
+			err := o.open.close()
+			o.c.close()
+			return err
+		})
 	})
+	return o.err
 }

@@ -56,6 +56,31 @@ func (b *Backend) hold(image string) (release func()) {
 	}
 }
 
+// sweepLater has the sweeper collect soon.
+func (b *Backend) sweepLater() {
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// sweeper collects when it is asked to, and what could not be removed once in a while.
+func (b *Backend) sweeper(ctx context.Context) {
+	tick := time.NewTicker(sweepInterval)
+	defer tick.Stop()
+	for {
+		if err := b.collect(ctx); err != nil && ctx.Err() == nil {
+			b.log.Info("not all that nothing needs could be removed", "store", b.oid(), "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		case <-b.wake:
+		}
+	}
+}
+
 // withImage runs f with the head of an image: the one that is open for devices here, since
 // it has the exclusive lock, or one of its own.
 func (b *Backend) withImage(id string, f func(*rbd.Image) error) error {
@@ -119,7 +144,7 @@ func (b *Backend) needed() (need, []*imageRecord) {
 		if !r.snapshot() {
 			n.heads[r.Image] = true
 		}
-		if s := r.readFrom(); s != "" {
+		if s := r.ownSnap(); s != "" {
 			n.snaps[[2]string{r.Image, s}] = true
 		}
 	}
@@ -252,8 +277,11 @@ func objects(img *rbd.Image, from string, size uint64) (int64, error) {
 
 // countObjects counts what r has itself.
 func (b *Backend) countObjects(r *lvolRecord) (int64, error) {
+	if r.Empty {
+		return 0, nil
+	}
 	from := b.snapBelow(r)
-	if r.readFrom() == "" {
+	if r.ownSnap() == "" {
 		n := int64(0)
 		err := b.withImage(r.Image, func(img *rbd.Image) (err error) {
 			n, err = countHead(img, from)
@@ -261,7 +289,7 @@ func (b *Backend) countObjects(r *lvolRecord) (int64, error) {
 		})
 		return n, err
 	}
-	img, err := b.openImage(r.Image, r.readFrom())
+	img, err := b.openImage(r.Image, r.ownSnap())
 	if err != nil {
 		return 0, err
 	}

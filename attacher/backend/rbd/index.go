@@ -53,23 +53,40 @@ type lvolRecord struct {
 	Name      string `json:"name"`
 	SizeBytes int64  `json:"size"`
 	// ResizeBytes is what SizeBytes is about to become; 0 is nothing.
-	ResizeBytes      int64  `json:"resize,omitempty"`
-	Parent           string `json:"parent,omitempty"` // UUID of an lvol snapshot
-	Image            string `json:"image"`            // id
-	Snap             string `json:"snap,omitempty"`   // of an lvol snapshot
-	ReadOnly         bool   `json:"read_only,omitempty"`
-	CreatedUnixNanos int64  `json:"created"`
+	ResizeBytes int64  `json:"resize,omitempty"`
+	Parent      string `json:"parent,omitempty"` // UUID of an lvol snapshot
+	Image       string `json:"image"`            // id
+	Snap        string `json:"snap,omitempty"`   // of an lvol snapshot
+	ReadOnly    bool   `json:"read_only,omitempty"`
+	// Empty: it was made read-only as a clone that nobody wrote to. Its parent's snapshot is
+	// what it shows, so that is read.
+	Empty            bool  `json:"empty,omitempty"`
+	CreatedUnixNanos int64 `json:"created"`
 }
 
 func (r *lvolRecord) snapshot() bool { return r.Snap != "" }
 func (r *lvolRecord) fixed() bool    { return r.Snap != "" || r.ReadOnly }
 
-// readFrom is the RBD snapshot that shows the lvol, "" for the head.
-func (r *lvolRecord) readFrom() string {
-	if r.Snap == "" && r.ReadOnly {
+// ownSnap is the RBD snapshot of its image that shows the lvol, "" for the head.
+func (r *lvolRecord) ownSnap() string {
+	if r.Snap == "" && r.ReadOnly && !r.Empty {
 		return readSnap
 	}
 	return r.Snap
+}
+
+// source is the image, and the snapshot of it, that shows r.
+func (b *Backend) source(r *lvolRecord) (image, snap string) {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	return b.sourceLocked(r)
+}
+
+func (b *Backend) sourceLocked(r *lvolRecord) (image, snap string) {
+	if i := b.index.images[r.Image]; r.Empty && i != nil && i.Parent != "" {
+		return i.Parent, i.ParentSnap
+	}
+	return r.Image, r.ownSnap()
 }
 
 // imageRecord is an RBD image, or what is left or begun of one.

@@ -121,18 +121,6 @@ func (b *Backend) make(ctx context.Context, r lvolRecord, i imageRecord, create 
 	return nil
 }
 
-// sweepLater collects what an operation left that failed, in a goroutine of the backend.
-func (b *Backend) sweepLater() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.closed {
-		return // the next process does
-	}
-	b.own.Go(func() {
-		_ = b.collect(b.life) // it logs what stays
-	})
-}
-
 // Snapshot implements attacher.Backend. It is also a flush.
 func (b *Backend) Snapshot(name, snapshot string) (lvol.Info, error) {
 	if err := checkName(snapshot); err != nil {
@@ -200,7 +188,13 @@ func (b *Backend) SetReadOnly(name string, readOnly bool) (lvol.Info, error) {
 		if err := b.unused(r); err != nil {
 			return err
 		}
+		empty := false
 		if readOnly {
+			if empty, err = b.empty(r); err != nil {
+				return err
+			}
+		}
+		if readOnly && !empty {
 			// Not while collect removes an earlier one.
 			b.sweeps.Lock()
 			defer b.sweeps.Unlock()
@@ -211,7 +205,7 @@ func (b *Backend) SetReadOnly(name string, readOnly bool) (lvol.Info, error) {
 		}
 		if err := b.commit(ctx, func(c *change) error {
 			r, err := c.lvol(name)
-			r.ReadOnly = readOnly
+			r.ReadOnly, r.Empty = readOnly, empty
 			c.put(r)
 			return err
 		}); err != nil {
@@ -228,6 +222,18 @@ func (b *Backend) SetReadOnly(name string, readOnly bool) (lvol.Info, error) {
 		return lvol.Info{}, err
 	}
 	return b.info(name)
+}
+
+// empty tells whether r is a clone that shows its parent as it is.
+func (b *Backend) empty(r *lvolRecord) (bool, error) {
+	b.mu.RLock()
+	i, p := b.index.images[r.Image], b.index.lvols[r.Parent]
+	b.mu.RUnlock()
+	if p == nil || p.Image != i.Parent || p.Snap != i.ParentSnap || p.SizeBytes != r.SizeBytes || len(i.Snaps) > 0 {
+		return false, nil
+	}
+	n, err := b.countObjects(r)
+	return n == 0, wrap(err, "look what image %s has", b.imageName(r.Image))
 }
 
 // unused is nil when no device of r is open and no node has it.
@@ -278,8 +284,7 @@ func (b *Backend) Delete(name string) error {
 		for _, id := range append(heirs, r.UUID) {
 			b.forgetCount(id)
 		}
-		// The lvol is gone; what cannot be removed at once is tried again.
-		_ = b.collect(ctx) // it logs what stays
+		b.sweepLater()
 		return nil
 	})
 }

@@ -25,7 +25,6 @@ const pool = "thaw"
 // cluster is for all tests, nil when there is none.
 var (
 	cluster *ceph.Cluster
-	keyring string // of client.thaw, which has one pool
 	stores  atomic.Int64
 )
 
@@ -45,7 +44,7 @@ func run(m *testing.M) int {
 		defer l.Close()
 		ctx := context.Background()
 		if cluster, err = ceph.Start(ctx, l, ceph.Options{Pools: []string{pool}, Auth: true}); err == nil {
-			keyring, err = cluster.User(ctx, "thaw", pool)
+			err = cluster.User(ctx, "thaw", pool)
 		}
 	}
 	if err != nil {
@@ -62,7 +61,7 @@ func options(t testing.TB) rbd.Options {
 		t.Skip("needs a Ceph cluster: make test-ceph")
 	}
 	return rbd.Options{
-		Pool: pool, Config: cluster.Config, User: "thaw", Keyring: keyring,
+		Pool: pool, Config: cluster.Config, User: "thaw",
 		Prefix: fmt.Sprintf("t%d.", stores.Add(1)), Timeout: 60 * time.Second,
 	}
 }
