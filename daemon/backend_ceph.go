@@ -1,3 +1,5 @@
+//go:build ceph
+
 package daemon
 
 import (
@@ -13,7 +15,7 @@ import (
 	"github.com/thaw-project/thaw/target/bdev"
 )
 
-// openRBD opens the store in Ceph. A program that was built without the tag ceph refuses.
+// openRBD opens the store in Ceph.
 func openRBD(ctx context.Context, config Config, logger *slog.Logger) (storage, error) {
 	wait, cancel := context.WithTimeout(ctx, peerWait)
 	defer cancel()
