@@ -35,8 +35,9 @@ import (
 
 const (
 	// DefaultHoldGrace is how long the owners of a killed attacher have to hold
-	// again; part of the contract.
-	DefaultHoldGrace = 10 * time.Second
+	// again; part of the contract. A converter that died together with the attacher is
+	// known to be dead after it: all must be as before within 10 s.
+	DefaultHoldGrace = 7 * time.Second
 
 	// sweepInterval is how often what could not be removed is tried again: a block
 	// that a node still had attached, a disk the kernel still had open.

@@ -67,7 +67,7 @@ type AttacherClient interface {
 	// lvols created with its owner stay; when it ends (the caller is done, or dead)
 	// the attacher withdraws those exports and deletes those lvols. The first
 	// message answers that the hold is in place. After a restart of the attacher, and
-	// on a network after a connection that broke, a caller has 10 seconds to hold again.
+	// on a network after a connection that broke, a caller has 7 seconds to hold again.
 	// A second stream of the same owner from the same node takes the hold over.
 	Hold(ctx context.Context, in *HoldRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[HoldResponse], error)
 	// Export gives write or read access to an lvol: on this machine a file that behaves
@@ -327,7 +327,7 @@ type AttacherServer interface {
 	// lvols created with its owner stay; when it ends (the caller is done, or dead)
 	// the attacher withdraws those exports and deletes those lvols. The first
 	// message answers that the hold is in place. After a restart of the attacher, and
-	// on a network after a connection that broke, a caller has 10 seconds to hold again.
+	// on a network after a connection that broke, a caller has 7 seconds to hold again.
 	// A second stream of the same owner from the same node takes the hold over.
 	Hold(*HoldRequest, grpc.ServerStreamingServer[HoldResponse]) error
 	// Export gives write or read access to an lvol: on this machine a file that behaves
