@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"runtime"
 	"sync"
 	"time"
@@ -41,12 +42,14 @@ func (b *Backend) connect(ctx context.Context) (*host.Host, error) {
 	}
 	// Opens of different lvols may come here at once: they hold the lock of the node.
 	addr := b.own.addr
-	dial := addr.String()
-	if addr.Addr().IsUnspecified() {
-		dial = fmt.Sprintf("localhost:%d", addr.Port())
+	switch ip := addr.Addr(); {
+	case ip == netip.IPv4Unspecified():
+		addr = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), addr.Port())
+	case ip.IsUnspecified():
+		addr = netip.AddrPortFrom(netip.IPv6Loopback(), addr.Port())
 	}
 	h, err := host.Connect(ctx, host.Config{
-		Portals: []string{dial}, SubNQN: b.store.Subsystem(b.self), HostNQN: identity.HostNQN(b.self), HostID: identity.HostID(b.self),
+		Portals: []string{addr.String()}, SubNQN: b.store.Subsystem(b.self), HostNQN: identity.HostNQN(b.self), HostID: identity.HostID(b.self),
 		Queues: min(maxQueues, runtime.GOMAXPROCS(0)), LossTimeout: b.o.LossTimeout, ReconnectMax: time.Second, Log: b.log, Changed: a.wake,
 	})
 	if err != nil {

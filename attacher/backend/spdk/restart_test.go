@@ -88,17 +88,20 @@ func load(d bdev.Device, seed uint64, writes bool, ops *atomic.Int64, stop <-cha
 
 // TestKillTarget kills a target that forgets all, in the middle of what nodes and the
 // attacher read and write: nobody sees more than a pause.
-func TestKillTarget(t *testing.T) { killUnderLoad(t, true, false) }
+func TestKillTarget(t *testing.T) { killUnderLoad(t, childTarget, true, false) }
+
+// TestKillKeepingTarget kills a target that restores what it was told by itself.
+func TestKillKeepingTarget(t *testing.T) { killUnderLoad(t, childKeeping, true, false) }
 
 // TestKillBridge kills the bridge: I/O does not pass through it.
-func TestKillBridge(t *testing.T) { killUnderLoad(t, false, true) }
+func TestKillBridge(t *testing.T) { killUnderLoad(t, childTarget, false, true) }
 
 // TestKillBoth kills both at once.
-func TestKillBoth(t *testing.T) { killUnderLoad(t, true, true) }
+func TestKillBoth(t *testing.T) { killUnderLoad(t, childTarget, true, true) }
 
-func killUnderLoad(t *testing.T, killTarget, killBridge bool) {
+func killUnderLoad(t *testing.T, child string, killTarget, killBridge bool) {
 	p := newPlace(t)
-	tg := spawn(t, childTarget, p.root, "target")
+	tg := spawn(t, child, p.root, "target")
 	br := spawn(t, childBridge, p.root, "bridge")
 	conn := p.conn(t)
 	b := p.open(t, conn)

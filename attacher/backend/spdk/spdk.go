@@ -65,8 +65,8 @@ type Options struct {
 	// "rdma://192.0.2.1:4420". For one that is unspecified (0.0.0.0, ::) a node is told the
 	// address by which it reached the attacher.
 	Portals []string
-	// Own is the portal by which this process opens lvols; default the first of TCP.
-	// Without either OpenLvol is kind.Unsupported.
+	// Own is the portal by which this process opens lvols; default the first of TCP, on this
+	// machine when that is unspecified. Without either OpenLvol is kind.Unsupported.
 	Own string
 
 	Timeout  time.Duration // of an operation; default 30 s

@@ -25,13 +25,15 @@ import (
 	"github.com/thaw-project/thaw/target/rpc"
 )
 
-// These make the test binary a target in this directory, or a bridge to the target there.
-const childTarget, childBridge = "THAW_TEST_TARGET", "THAW_TEST_BRIDGE"
+// These make the test binary a target in this directory, one that keeps what it was told,
+// or a bridge to the target there.
+const childTarget, childKeeping, childBridge = "THAW_TEST_TARGET", "THAW_TEST_KEEPING_TARGET", "THAW_TEST_BRIDGE"
 
 func TestMain(m *testing.M) {
 	run := map[string]func(root string) (stop func() error, err error){
-		childTarget: func(root string) (func() error, error) { return serveTarget(root, nil) },
-		childBridge: serveBridge,
+		childTarget:  func(root string) (func() error, error) { return serveTarget(root, false, nil) },
+		childKeeping: func(root string) (func() error, error) { return serveTarget(root, true, nil) },
+		childBridge:  serveBridge,
 	}
 	for name, f := range run {
 		root := os.Getenv(name)
@@ -56,10 +58,10 @@ func TestMain(m *testing.M) {
 
 const capacity = 256 << 20
 
-// serveTarget serves a target that forgets all but its lvstores. change is made to its
-// methods.
-func serveTarget(root string, change func(map[string]rpc.Method)) (stop func() error, err error) {
-	t, err := target.New(target.Options{Root: filepath.Join(root, "t")})
+// serveTarget serves a target that forgets all but its lvstores, unless persist is set.
+// change is made to its methods.
+func serveTarget(root string, persist bool, change func(map[string]rpc.Method)) (stop func() error, err error) {
+	t, err := target.New(target.Options{Root: filepath.Join(root, "t"), Persist: persist})
 	if err != nil {
 		return nil, err
 	}
@@ -144,7 +146,7 @@ func (p *place) conn(t testing.TB) *grpc.ClientConn {
 func (p *place) serve(t testing.TB, change func(map[string]rpc.Method)) {
 	t.Helper()
 	for _, f := range []func() (func() error, error){
-		func() (func() error, error) { return serveTarget(p.root, change) },
+		func() (func() error, error) { return serveTarget(p.root, false, change) },
 		func() (func() error, error) { return serveBridge(p.root) },
 	} {
 		stop, err := f()
