@@ -118,6 +118,7 @@ crash: deps tools build ## kill processes at random moments, ROUNDS times
 
 .PHONY: test-kill
 test-kill: deps tools build ## kill -9 of every process of the control chain at every step, and at all pairs of steps
+	@tools/install-deps guest
 	@THAW_E2E=1 THAW_KILL=all THAW_SEED=$(SEED) go test -json -count=1 -timeout 3h ./e2e/kill | go run ./e2e/report -live /e2e/kill
 
 .PHONY: fuzz

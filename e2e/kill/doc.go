@@ -6,6 +6,6 @@
 //
 // It has tests only: THAW_E2E=1 runs them, THAW_KILL=all with all pairs of steps ("make
 // test-kill"), THAW_KILL=every also with the second and third time that a flow reaches a
-// step; THAW_SEED=n repeats a sample. The package knows processes by their arguments and
-// their sockets; it must not reach into one.
+// step, THAW_KILL=n with n pairs each way; THAW_SEED=n repeats a sample. The package knows
+// processes by their arguments and their sockets; it must not reach into one.
 package kill

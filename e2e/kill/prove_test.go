@@ -94,6 +94,10 @@ func prove(t *testing.T, least int, setUp func(t *testing.T) (*chain, subject)) 
 	p.work(w)
 	found := len(p.pairs[forth]) + len(p.pairs[back])
 	if how := os.Getenv("THAW_KILL"); how != "all" && how != "every" {
+		sample := sample
+		if n, err := strconv.Atoi(how); err == nil {
+			sample = n
+		}
 		for way := range p.pairs {
 			p.rng.Shuffle(len(p.pairs[way]), func(i, k int) { p.pairs[way][i], p.pairs[way][k] = p.pairs[way][k], p.pairs[way][i] })
 			p.pairs[way] = p.pairs[way][:min(sample, len(p.pairs[way]))]

@@ -24,7 +24,7 @@ func newQEMU(c *chain) (bridge, own string) {
 	c.t.Helper()
 	const program = "qemu-system-x86_64"
 	if _, err := exec.LookPath(program); err != nil {
-		c.t.Skipf("%s is not installed: run make deps", program)
+		c.t.Skipf("%s is not installed: run tools/install-deps guest, or make test-kill", program)
 	}
 	bridge, own = c.path("qmp"), c.path("qmp-own")
 	// What qemu-io reads goes to QEMU's standard output, line by line.
