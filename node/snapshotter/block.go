@@ -13,6 +13,7 @@ import (
 	"syscall"
 
 	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
 
 	"github.com/thaw-project/thaw/image/block"
 	"github.com/thaw-project/thaw/kind"
@@ -108,7 +109,29 @@ func (b blockMount) down(ctx context.Context) error {
 	return nil
 }
 
-func (b blockMount) intact(string) bool { return isMountPoint(b.s.blockDir(b.name)) }
+func (b blockMount) intact(string) bool { return isLiveMount(b.s.blockDir(b.name)) }
+
+// isLiveMount tells whether something is mounted at dir whose disk the kernel still has: a
+// drive may be unplugged under its file system. A file system that is on no block device
+// has number 0.
+func isLiveMount(dir string) bool {
+	var at syscall.Stat_t
+	if !isMountPoint(dir) || syscall.Lstat(dir, &at) != nil {
+		return false
+	}
+	if unix.Major(at.Dev) == 0 {
+		return true
+	}
+	_, err := os.Lstat(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(at.Dev), unix.Minor(at.Dev)))
+	return err == nil
+}
+
+// isMountOf tells whether the file system at dir is on the block device at path. As long
+// as it is mounted, no other device gets its device's number.
+func isMountOf(dir, path string) bool {
+	var at, device syscall.Stat_t
+	return syscall.Lstat(dir, &at) == nil && syscall.Lstat(path, &device) == nil && at.Dev == device.Rdev
+}
 
 // isMountPoint tells whether something is mounted at dir. The root inode of a mount
 // is in memory, so that this never waits for a disk.
@@ -124,7 +147,7 @@ func isMountPoint(dir string) bool {
 // the file system of a presentation, and when that was lost and made anew, under the
 // same names, a mount of before is dead and must be replaced. Which one a mount is of
 // cannot be seen in it, so it is recorded; what is mounted and not recorded is
-// replaced too. Containers have mounts of their own and notice nothing.
+// replaced too. A block device that went away and came back is another one. Containers have mounts of their own and notice nothing.
 func (s *Snapshotter) mountOnce(ctx context.Context, key string, disk present.Disk, dir string, mount func() error) error {
 	now := "device"
 	if !disk.Block {
@@ -134,11 +157,14 @@ func (s *Snapshotter) mountOnce(ctx context.Context, key string, disk present.Di
 		}
 	}
 	if isMountPoint(dir) {
+		if disk.Block && isMountOf(dir, disk.Path) {
+			return nil
+		}
 		then, err := s.mountedFrom(ctx, key)
 		if err != nil {
 			return err
 		}
-		if then == now {
+		if then == now && !disk.Block {
 			return nil
 		}
 		if err := s.mounter.Unmount(ctx, dir); err != nil {

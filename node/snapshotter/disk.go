@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -91,6 +92,7 @@ func (d disk) up(ctx context.Context) (string, error) {
 
 func (d disk) device(ctx context.Context, shown present.Disk) (string, error) {
 	if shown.Block {
+		d.s.drives.put(d.id, shown.Path)
 		return shown.Path, nil
 	}
 	device, err := d.s.mounter.AttachLoop(ctx, shown.Path)
@@ -115,6 +117,7 @@ func (d disk) down(ctx context.Context) error {
 	if err := d.s.o.Images.DetachWritable(ctx, d.backing.Name, d.diskID()); err != nil {
 		return fmt.Errorf("detach disk of snapshot %s: %w", d.id, err)
 	}
+	d.s.drives.drop(d.id)
 	d.s.o.step("disk detached")
 	return nil
 }
@@ -215,17 +218,57 @@ func (d disk) clean(ctx context.Context) error {
 	return nil
 }
 
-// intact tells whether the loop device is still that of the disk.
+// intact tells whether the device is still that of the disk.
 func (d disk) intact(device string) bool {
 	if device == "" {
-		return isMountPoint(d.mnt())
+		return isLiveMount(d.mnt())
 	}
-	if !strings.HasPrefix(device, "/dev/loop") {
-		_, err := os.Lstat(device)
-		return err == nil
+	if same, known := d.s.drives.same(d.id, device); known {
+		return same
 	}
 	file, err := os.ReadFile("/sys/block/" + filepath.Base(device) + "/loop/backing_file")
 	return err == nil && filepath.Base(strings.TrimSpace(string(file))) == d.diskID()
+}
+
+// drives remembers which block devices image-mgmt showed as disks. A name says little: a
+// drive that went away and came back has another, and its name may be another drive's.
+type drives struct {
+	mu   sync.Mutex
+	seqs map[string]string // guarded by mu: the kernel's number of the device, by snapshot
+}
+
+// sequence is the number that the kernel gives each disk once (Linux 5.15), "" without.
+func sequence(device string) string {
+	raw, err := os.ReadFile("/sys/class/block/" + filepath.Base(device) + "/diskseq")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(raw))
+}
+
+func (d *drives) put(id, device string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.seqs == nil {
+		d.seqs = map[string]string{}
+	}
+	d.seqs[id] = sequence(device)
+}
+
+func (d *drives) drop(id string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.seqs, id)
+}
+
+// same tells whether device is the one that was shown; known is false for a disk that was
+// not shown as a block device.
+func (d *drives) same(id, device string) (same, known bool) {
+	d.mu.Lock()
+	seq, known := d.seqs[id]
+	d.mu.Unlock()
+	_, err := os.Lstat(device)
+	return err == nil && seq == sequence(device), known
 }
 
 // remove deletes the layer of a disk that is down, and what is in it.

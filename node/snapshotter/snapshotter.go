@@ -120,6 +120,7 @@ type Snapshotter struct {
 	log     *slog.Logger
 	shared  *shared
 	seen    seenLayers
+	drives  drives
 
 	overlayOptions []string
 	scratch        scratchBlocks
