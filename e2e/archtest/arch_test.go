@@ -119,6 +119,8 @@ var rules = []rule{
 		why: "a card's attacher speaks OPI to its bridge, and carries neither a store nor a target"},
 	{from: "attacher/backend/spdk", direct: true, forbid: []string{"spdk", "opi", "target/rpc", "target/nvmf", "attacher/export"},
 		why: "the backend knows the bridge's contract, not the bridge or the target"},
+	{from: "attacher/backend/rbd", direct: true, forbid: []string{"lvol/device", "qcow2", "node", "image", "nvme", "nbd", "spdk", "opi", "daemon", "target/nvmf", "attacher/export"},
+		why: "a backend keeps lvols, and knows neither who shows them nor what is in them"},
 	{from: "attacher/backend/backendtest", direct: true, forbid: []string{"attacher/backend", "attacher/export", "opi", "spdk", "target/nvmf"},
 		why: "the suite knows no backend"},
 	{from: "operator", forbid: []string{"lvol", "qcow2", "target", "node", "attacher", "image", "daemon"}, why: "the operator sees only api"},
