@@ -27,7 +27,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // lab is a machine without an operating system, a target, and the card between them.
 type lab struct {
 	*Sim
-	t      *testing.T
+	t      testing.TB
 	dir    string
 	client *spdk.Client
 	stop   func() // ends the target
@@ -36,7 +36,7 @@ type lab struct {
 
 // machine starts QEMU. With native hot-plug and nobody who ever powered the slots, a device
 // is gone at once when it is asked for; by ACPI the guest would have to answer, and there is none.
-func machine(t *testing.T, dir string, native bool) (off func()) {
+func machine(t testing.TB, dir string, native bool) (off func()) {
 	t.Helper()
 	const program = "qemu-system-x86_64"
 	if _, err := exec.LookPath(program); err != nil {
@@ -80,7 +80,7 @@ func machine(t *testing.T, dir string, native bool) (off func()) {
 	}
 }
 
-func serve(t *testing.T, dir string) (stop func()) {
+func serve(t testing.TB, dir string) (stop func()) {
 	t.Helper()
 	tg, err := target.New(target.Options{Root: filepath.Join(dir, "t"), Persist: true, RetryInterval: 50 * time.Millisecond})
 	if err != nil {
@@ -100,7 +100,7 @@ func serve(t *testing.T, dir string) (stop func()) {
 	return stop
 }
 
-func start(t *testing.T, native bool) *lab {
+func start(t testing.TB, native bool) *lab {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "dpusim-")
 	if err != nil {
@@ -432,4 +432,25 @@ func TestConcurrent(t *testing.T) {
 	for i, nqn := range nqns {
 		l.wantShown(i, nqn, fmt.Sprint("SN-d", i), byte('a'+i))
 	}
+}
+
+// BenchmarkPlug is what a drive takes on our side: the target's export, QEMU's connection
+// to it and the device.
+func BenchmarkPlug(b *testing.B) {
+	l := start(b, true)
+	nqn := l.subsystem("a", 'a')
+	var plug, unplug time.Duration
+	for b.Loop() {
+		began := time.Now()
+		if err := l.Plug(b.Context(), nqn, fn(0)); err != nil {
+			b.Fatal(err)
+		}
+		plugged := time.Now()
+		if err := l.Unplug(b.Context(), nqn, fn(0)); err != nil {
+			b.Fatal(err)
+		}
+		plug, unplug = plug+plugged.Sub(began), unplug+time.Since(plugged)
+	}
+	b.ReportMetric(float64(plug.Microseconds())/1e3/float64(b.N), "plug-ms")
+	b.ReportMetric(float64(unplug.Microseconds())/1e3/float64(b.N), "unplug-ms")
 }
