@@ -121,9 +121,7 @@ func (c *Card) converge(ctx context.Context) error {
 			c.aside(d.nqn, func() { c.goOn(ctx, d) })
 		}
 	}
-	if err := c.sweep(ctx, v); err != nil {
-		return err
-	}
+	c.sweep(ctx, v, all)
 	c.forgetPaths(v)
 	wanted := connections(all)
 	for controller, w := range wanted {
@@ -146,6 +144,12 @@ func (c *Card) converge(ctx context.Context) error {
 
 // dropProblems forgets what was wrong with disks that are gone.
 func (c *Card) dropProblems() error {
+	c.mu.Lock()
+	none := len(c.problems) == 0
+	c.mu.Unlock()
+	if none {
+		return nil
+	}
 	all, err := c.disks()
 	if err != nil {
 		return err
@@ -211,12 +215,9 @@ func (c *Card) goOn(ctx context.Context, d *disk) {
 	}
 }
 
-// sweep deletes what bears the card's names and is not on record.
-func (c *Card) sweep(ctx context.Context, v view) error {
-	all, err := c.disks() // after v was read: what is made later is on record
-	if err != nil {
-		return err
-	}
+// sweep deletes what bears the card's names and is not on record: not in all, which was read
+// before v, nor when its turn comes.
+func (c *Card) sweep(ctx context.Context, v view, all []*disk) {
 	known := make(map[string]*disk, len(all))
 	for _, d := range all {
 		known[d.nqn] = d
@@ -248,7 +249,6 @@ func (c *Card) sweep(ctx context.Context, v view) error {
 			c.step("card.sweep: controller")
 		})
 	}
-	return nil
 }
 
 // dropSubsystem deletes a subsystem, unless it is a disk's by now. The caller has its lock.
