@@ -138,6 +138,18 @@ func (s *Server) scratch(ctx context.Context, _ string, size int64) (b imagemgmt
 	return b, err
 }
 
+// firstScratch makes that volume before a container needs it.
+func (s *Server) firstScratch(ctx context.Context) {
+	if !s.showsDisks() {
+		return
+	}
+	if _, err := s.scratch(ctx, "", int64(s.config.Snapshotter.WritableSize)); err != nil {
+		// Only containers in mode overlaybd on EROFS miss it, and only its limit
+		// on size: they write to a directory instead.
+		s.logger.Warn("no scratch volume: writable layers over erofs blocks have no size limit", "error", err)
+	}
+}
+
 // cached opens a block for prefetching, if reading it leaves it in the cache.
 func (s *Server) cached(b imagemgmt.Block) (bdev.Device, error) {
 	if b.Target == "" || s.remote == nil || s.cache == nil {

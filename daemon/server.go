@@ -189,6 +189,7 @@ func (s *Server) start(ctx context.Context, keeperCommand []string) error {
 			return err
 		}
 	}
+	s.firstScratch(ctx)
 	if s.config.Snapshots() {
 		if err := s.startSnapshots(ctx, registry); err != nil {
 			return err
