@@ -13,6 +13,7 @@ import (
 
 	"go.etcd.io/bbolt"
 
+	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/present"
 	"github.com/thaw-project/thaw/node/present/presenttest"
 	"github.com/thaw-project/thaw/target/bdev"
@@ -217,5 +218,40 @@ func TestGoldenVersion1(t *testing.T) {
 	list, err := m.List(context.Background())
 	if err != nil || len(list) != 1 || list[0].Block != "soldier-1" || !slices.Equal(list[0].Users, []string{"rw-1", "u1", "u2"}) {
 		t.Fatalf("%+v, %v", list, err)
+	}
+}
+
+// TestAttachedBeforeLayers is an upgrade while a container runs: its disk is on record and
+// its layer is not. The layer is what its file holds, and its loss is no reason for a new
+// one.
+func TestAttachedBeforeLayers(t *testing.T) {
+	ctx := context.Background()
+	p := presenttest.New(func(present.Source, bool) (bdev.Device, error) { return nullDevice{}, nil })
+	db := filepath.Join(t.TempDir(), "imagemgmt.db")
+	layer := Layer{Block: Block{Name: "soldier-1"}, Path: filepath.Join(t.TempDir(), "rw.qcow2"), SizeBytes: 1 << 20}
+	run(t, p, db, "", func(m *Manager) error {
+		if _, err := m.AttachWritable(ctx, layer, "rw-1"); err != nil {
+			return err
+		}
+		return m.dropLayer("rw-1")
+	})
+	for _, lost := range []bool{false, true} {
+		p.Reboot()
+		if lost {
+			if err := os.Remove(layer.Path); err != nil {
+				t.Fatal(err)
+			}
+		}
+		m, err := New(crashOptions(t, p, db))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := len(ids(t, p)); (got == 0) != lost {
+			t.Errorf("lost %v: %d disks are shown", lost, got)
+		}
+		if _, err := m.AttachWritable(ctx, layer, "rw-1"); errors.Is(err, kind.NotFound) != lost {
+			t.Errorf("lost %v: %v", lost, err)
+		}
+		m.Close()
 	}
 }

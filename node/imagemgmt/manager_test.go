@@ -18,6 +18,7 @@ import (
 
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/lvol"
+	"github.com/thaw-project/thaw/node/cache"
 	"github.com/thaw-project/thaw/node/imagemgmt"
 	"github.com/thaw-project/thaw/node/present"
 	"github.com/thaw-project/thaw/node/present/presenttest"
@@ -755,6 +756,66 @@ func TestPrefetch(t *testing.T) {
 	must(t, m.Close())
 	m = l.start()
 	wantKind(t, m.Prefetch(ctx, b, nil, nil), kind.Unsupported)
+}
+
+// TestPrefetchedIsThere prefetches through the node's cache: what was asked for is read from
+// the store once, what was not is not, and whoever reads it then needs no store.
+func TestPrefetchedIsThere(t *testing.T) {
+	l := newLab(t)
+	b := l.block(1)
+	c, err := cache.Open(cache.Options{Dir: filepath.Join(l.dir, "cache"), SizeBytes: 64 << 20, UnitBytes: 64 << 10, ReadAheadBytes: -1})
+	must(t, err)
+	defer c.Close()
+	var fetched atomic.Int64
+	cached := func(imagemgmt.Block) (bdev.Device, error) {
+		m := cache.Map{Domain: "rack-7", Runs: []cache.Run{{LengthBytes: blockBytes, Data: true, Owner: [16]byte{1}}}}
+		base, err := l.open(present.Source{Kind: present.SourceLvol, Lvol: b}, true)
+		if err != nil {
+			return nil, err
+		}
+		return c.Device(&countingDevice{base, &fetched}, m)
+	}
+	o := l.options()
+	o.Cached = cached
+	m, err := imagemgmt.New(o)
+	must(t, err)
+	l.manager = m
+	_, err = m.Attach(ctx, imagemgmt.Block{Name: b}, "u")
+	must(t, err)
+	ranges := []imagemgmt.Range{{OffsetBytes: 8 << 20, LengthBytes: 3 << 20}, {OffsetBytes: 0, LengthBytes: 64 << 10}}
+	must(t, m.Prefetch(ctx, b, ranges, nil))
+	if got, want := fetched.Load(), int64(3<<20+64<<10); got != want {
+		t.Errorf("read %d bytes from the store, want %d", got, want)
+	}
+	d, err := cached(imagemgmt.Block{})
+	must(t, err)
+	defer d.Close()
+	read := func() int64 {
+		before := fetched.Load()
+		for _, r := range ranges {
+			if _, err := d.ReadAt(make([]byte, r.LengthBytes), r.OffsetBytes); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return fetched.Load() - before
+	}
+	for deadline := time.Now().Add(10 * time.Second); read() > 0; time.Sleep(10 * time.Millisecond) { // it may be on its way to the disk
+		if time.Now().After(deadline) {
+			t.Fatal("what was prefetched is read from the store again")
+		}
+	}
+}
+
+// countingDevice counts the bytes that are read.
+type countingDevice struct {
+	bdev.Device
+	n *atomic.Int64
+}
+
+func (d *countingDevice) ReadAt(p []byte, off int64) (int, error) {
+	n, err := d.Device.ReadAt(p, off)
+	d.n.Add(int64(n))
+	return n, err
 }
 
 // slowDevice answers one read for each value in gate, and fails those that wait when it is
