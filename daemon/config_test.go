@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"bytes"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -67,6 +68,8 @@ func TestRoles(t *testing.T) {
 	}
 }
 
+const spdkPool = "pool.backend = \"spdk\"\n[pool.spdk]\nbridge = \"/run/b.sock\"\nlvstore = \"thaw\"\n"
+
 func TestConfigRefuses(t *testing.T) {
 	for name, tc := range map[string]struct{ text, says string }{
 		"unknown key":     {"rot = \"/x\"", "rot"},
@@ -96,6 +99,26 @@ func TestConfigRefuses(t *testing.T) {
 		"bad transport":   {remoteTable + "transport = \"pigeon\"", "nvme-tcp"},
 		"bad attacher":    {strings.Replace(remoteTable, "x:1", "x", 1), "port"},
 		"tiny cache":      {"[cache]\nsize = \"1KiB\"", "cache"},
+		"no backend":      {"[pool]\nbackend = \"tape\"", "embedded, spdk or rbd"},
+		"spdk of nobody":  {"[pool]\nbackend = \"spdk\"", "pool.spdk.bridge"},
+		"spdk and file":   {"pool.capacity = \"1GiB\"\n" + spdkPool, "embedded"},
+		"spdk far away":   {strings.Replace(spdkPool, "/run/b.sock", "10.0.0.1:9605", 1), "certificate"},
+		"spdk portal":     {spdkPool + "portals = [\"10.0.0.1:4420\"]", "tcp://10.0.0.1:4420"},
+		"spdk and export": {"[export]\nnvme_tcp = [\"10.0.0.1:4420\"]\nattacher = \"10.0.0.1:7443\"\ncertificate = \"c\"\nkey = \"k\"\nclient_ca = \"a\"\n[pool]\nbackend = \"spdk\"\n[pool.spdk]\nbridge = \"/b\"\nlvstore = \"l\"", "pool.spdk.portals"},
+		"rbd of nobody":   {"[pool]\nbackend = \"rbd\"", "pool.rbd.pool"},
+		"converter":       {"[export]\nnvme_tcp = [\"10.0.0.1:4420\"]\nattacher = \"10.0.0.1:7443\"\ncertificate = \"c\"\nkey = \"k\"\nclient_ca = \"a\"\nconverters = [\"a b\"]", "export.converters"},
+		"card of nobody":  {"roles = [\"card\"]", "card.bridge"},
+		"card of no host": {"roles = [\"card\"]\n[card]\nbridge = \"/b\"\nfunctions = [\"0:1:0\"]", "card.host"},
+		"no function":     {"roles = [\"card\"]\n[card]\nbridge = \"/b\"\nhost = \"h\"", "card.functions"},
+		"bad function":    {"roles = [\"card\"]\n[card]\nbridge = \"/b\"\nhost = \"h\"\nfunctions = [\"one\"]", "card.functions"},
+		"bad mode":        {"[images]\nmode = \"moon\"", "dpu"},
+		"card and host":   {"roles = [\"node\"]\n[images]\nmode = \"dpu\"\n" + remoteTable, "role snapshots"},
+		"images for all":  {"[images.listen]\naddress = \"10.0.0.1:7444\"\ncertificate = \"c\"\nkey = \"k\"\nclient_ca = \"a\"", "images.listen.clients"},
+		"images unproven": {"[images.listen]\naddress = \"10.0.0.1:7444\"\nclients = [\"h\"]", "images.listen.certificate"},
+		"far images":      {"[snapshotter.images]\naddress = \"10.0.0.1:7444\"", "certificate"},
+		"bad PCI address": {"[pcie.functions]\n\"0:1:0\" = \"slot 3\"", "slot 3"},
+		"far store":       {"[convert.attacher]\naddress = \"10.0.0.1:7443\"", "certificate"},
+		"rbd elsewhere":   {remoteTable + "transport = \"rbd\"", "rbd.pool"},
 		"level":           {"log_level = \"loud\"", "log_level"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -175,5 +198,55 @@ func TestOnlySocketsAreReplaced(t *testing.T) {
 	}
 	if raw, err := os.ReadFile(path); err != nil || string(raw) != "precious" {
 		t.Fatalf("%q, %v", raw, err)
+	}
+}
+
+// TestProcessLocks takes the locks of processes beside each other, and of a server.
+func TestProcessLocks(t *testing.T) {
+	dir := t.TempDir()
+	of := func(p Process) *Server {
+		c := DefaultConfig()
+		c.Root, c.Run = filepath.Join(dir, "root"), filepath.Join(dir, "run")
+		if err := c.As(p); err != nil {
+			t.Fatal(err)
+		}
+		return &Server{config: c, logger: slog.New(slog.DiscardHandler)}
+	}
+	var held []*Server
+	for _, p := range []Process{ProcessAttacher, ProcessImages, ProcessSnapshots} {
+		s := of(p)
+		if err := s.lock(); err != nil {
+			t.Fatalf("%s beside others: %v", p, err)
+		}
+		held = append(held, s)
+		again := of(p)
+		if err := again.lock(); kind.Of(err) != kind.InUse {
+			t.Errorf("a second %s: %v", p, err)
+		}
+		if err := again.close(); err != nil {
+			t.Error(err)
+		}
+	}
+	server := of(ProcessServer)
+	if err := server.lock(); kind.Of(err) != kind.InUse || !strings.Contains(err.Error(), dir) {
+		t.Errorf("a server beside processes: %v", err)
+	}
+	for _, s := range held {
+		if err := s.close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := server.lock(); err != nil {
+		t.Errorf("a server after processes: %v", err)
+	}
+	late := of(ProcessImages)
+	if err := late.lock(); kind.Of(err) != kind.InUse {
+		t.Errorf("a process beside a server: %v", err)
+	}
+	if err := late.close(); err != nil {
+		t.Error(err)
+	}
+	if err := server.close(); err != nil {
+		t.Error(err)
 	}
 }
