@@ -21,6 +21,8 @@ type cardNode struct {
 	*node
 	card             *simulatedCard
 	attacher, images *daemon
+	config           string // of the card's processes
+	attacherPort     string
 }
 
 // newCardNode starts a card's processes on this machine, boots the guest, and starts
@@ -28,15 +30,7 @@ type cardNode struct {
 func newCardNode(t *testing.T, store *storeHost) *cardNode {
 	t.Helper()
 	c := newCard(t, filepath.Join(store.lab.Bin, "thaw"))
-	l, err := net.Listen("tcp", anyAddress)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.Close()
+	port, attacherPort := freePort(t), freePort(t)
 	store.run(t, "certificate", "issue", "--ca", store.ca, "--node", "dpu", "--address", guest.HostAddress, "--out", filepath.Join(store.ca, "dpu"))
 	store.run(t, "certificate", "issue", "--ca", store.ca, "--node", hostName, "--out", filepath.Join(store.ca, "host"))
 	var functions []string
@@ -53,11 +47,17 @@ log_level = "debug"
 bridge = %q
 host = %q
 functions = [%s]
+[card.listen]
+address = %[11]q
+certificate = "%[7]s/dpu/dpu.crt"
+key = "%[7]s/dpu/dpu.key"
+client_ca = "%[7]s/ca.crt"
+clients = [%[4]q]
 [images]
 mode = "dpu"
 [images.listen]
-address = %q
-certificate = "%s/dpu/dpu.crt"
+address = %[6]q
+certificate = "%[7]s/dpu/dpu.crt"
 key = "%[7]s/dpu/dpu.key"
 client_ca = "%[7]s/ca.crt"
 clients = [%[8]q]
@@ -68,16 +68,16 @@ certificate = "%[7]s/node/%[4]s.crt"
 key = "%[7]s/node/%[4]s.key"
 ca = "%[7]s/ca.crt"
 `, filepath.Join(c.dir, "root"), filepath.Join(c.dir, "run"), filepath.Join(c.dir, "bridge"), nodeName, strings.Join(functions, ", "),
-		net.JoinHostPort("127.0.0.1", port), store.ca, hostName, storeName, net.JoinHostPort(store.address, "7443"))), 0o600); err != nil {
+		net.JoinHostPort("127.0.0.1", port), store.ca, hostName, storeName, net.JoinHostPort(store.address, "7443"), net.JoinHostPort("127.0.0.1", attacherPort))), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	n := &cardNode{card: c,
+	n := &cardNode{card: c, config: config, attacherPort: attacherPort,
 		attacher: &daemon{program: c.program, log: filepath.Join(c.dir, "attacher.log"), args: []string{"attacher", "--config", config, "--role", "card"}},
 		images:   &daemon{program: c.program, log: filepath.Join(c.dir, "images.log"), args: []string{"image-mgmt", "--config", config}}}
 	g := guest.New(t, guest.Options{
 		// Nothing that could reach a store, or show a disk by itself.
 		Modules:   []string{"nvme", "overlay", "erofs", "ext4"},
-		Files:     map[string]string{"bin": store.lab.Bin, "host": filepath.Join(store.ca, "host"), "ca.crt": filepath.Join(store.ca, "ca.crt")},
+		Files:     map[string]string{"bin": store.lab.Bin, "host": filepath.Join(store.ca, "host"), "node": filepath.Join(store.ca, "node"), "ca.crt": filepath.Join(store.ca, "ca.crt")},
 		Args:      rootPorts(c.qmp),
 		MemoryMB:  1536,
 		ScratchMB: 2048,
@@ -170,7 +170,18 @@ func TestCardContainers(t *testing.T) {
 			if !strings.HasPrefix(out, nvmeDevice) {
 				t.Errorf("the container's file system is %s, not on %s*", out, nvmeDevice)
 			}
-			t.Logf("the container's file system: %s", out)
+			// What mode overlaybd writes to is a drive too.
+			upper := ""
+			if i.mode == "overlaybd" {
+				upper = strings.TrimSpace(n.do(t, fmt.Sprintf(`
+					rootfs=/run/containerd/io.containerd.runtime.v2.task/lab/%s/rootfs
+					upper=$(awk -v p=$rootfs '$5 == p { print $NF }' /proc/self/mountinfo | tr , '\n' | sed -n 's/^upperdir=//p')
+					if [ -z "$upper" ]; then source_of $rootfs; else d=$upper; while ! awk -v p=$d '$5 == p { f = 1 } END { exit !f }' /proc/self/mountinfo; do d=${d%%/*}; done; source_of $d; fi`, i.id)))
+				if !strings.HasPrefix(upper, nvmeDevice) {
+					t.Errorf("the container writes to %s, not to %s*", upper, nvmeDevice)
+				}
+			}
+			t.Logf("the container's file system: %s, and its writable layer: %q", out, upper)
 		})
 		if !ok {
 			t.FailNow()
@@ -179,15 +190,14 @@ func TestCardContainers(t *testing.T) {
 	t.Run("host", func(t *testing.T) {
 		out := n.do(t, `ps -eo pid,rss,args | grep -v '\[' | cut -c 1-120`)
 		t.Logf("what the host runs:\n%s", out)
-		if got := n.do(t, `pgrep -fa '[t]haw ' | grep -v 'thaw snapshotter' || true; pgrep -a 'nbd|qemu|iscsi' || true; ls -d /sys/module/nvme_tcp /sys/module/nvme_fabrics /sys/module/ublk_drv /sys/module/nbd /sys/module/fuse 2>/dev/null || true`); strings.TrimSpace(got) != "" {
+		if got := n.do(t, `pgrep -fa '[t]haw ' | grep -v 'thaw snapshotter' || true; pgrep -a 'nbd|qemu|iscsi' || true; ls -d /sys/module/nvme_tcp /sys/module/nvme_fabrics /sys/module/ublk_drv /sys/module/nbd 2>/dev/null || true`); strings.TrimSpace(got) != "" {
 			t.Errorf("on the host there is\n%s", got)
 		}
 		t.Logf("drives:\n%s", n.do(t, `for c in /sys/class/nvme/nvme*; do echo "${c##*/} $(cat $c/serial) $(cat $c/address) $(cat /sys/block/${c##*/}n1/size) sectors, ro $(cat /sys/block/${c##*/}n1/ro)"; done`))
 	})
 	t.Run("steps", func(t *testing.T) {
-		t.Logf("the card's bridge:\n%s", cardLog(n.card.bridge, "function plugged"))
-		t.Logf("the card's attacher:\n%s", cardLog(n.attacher, "attached"))
-		t.Logf("image-mgmt:\n%s", cardLog(n.images, "took"))
+		t.Logf("from image-mgmt's call to the store, and to the card:\n%s", cardLog(n.images, "took="))
+		t.Logf("of the card's last step, in the bridge:\n%s", cardLog(n.card.bridge, "function plugged"))
 		t.Logf("the host:\n%s", n.do(t, `grep -E 'took|drive' /tmp/thaw.log | head -n 40 || true`))
 	})
 	for _, victim := range []*daemon{n.card.target, n.card.bridge, n.attacher, n.images} {
@@ -206,6 +216,7 @@ func TestCardContainers(t *testing.T) {
 		n.do(t, "kill -9 $(cat /run/thaw.pid); await dead; server snapshotter")
 		n.wantPassesOf(t, ids)
 	})
+	t.Run("convert", func(t *testing.T) { testCardConversion(t, n, box) })
 	t.Run("removed", func(t *testing.T) {
 		n.do(t, fmt.Sprintf(`
 			for id in %s; do
@@ -236,4 +247,19 @@ func TestCardContainers(t *testing.T) {
 			t.Errorf("the snapshotter says:\n%s", out)
 		}
 	})
+}
+
+// freePort is a port of this machine's loopback that nobody listens at.
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", anyAddress)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return port
 }

@@ -23,7 +23,7 @@ import (
 )
 
 // cardFunctions is how many PCIe functions the card that QEMU plays has.
-const cardFunctions = 8
+const cardFunctions = 12
 
 // simulatedCard is a DPU's control chain on this machine, with QEMU's root ports for its
 // PCIe functions: thaw target and thaw bridge, each a process of its own.

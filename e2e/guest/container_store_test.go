@@ -74,8 +74,9 @@ attacher = %q
 certificate = %q
 key = %q
 client_ca = %q
+converters = [%q]
 `, storeName, net.JoinHostPort(s.address, "4420"), net.JoinHostPort(s.address, "7443"),
-		filepath.Join(s.ca, "store", storeName+".crt"), filepath.Join(s.ca, "store", storeName+".key"), filepath.Join(s.ca, "ca.crt"))})
+		filepath.Join(s.ca, "store", storeName+".crt"), filepath.Join(s.ca, "store", storeName+".key"), filepath.Join(s.ca, "ca.crt"), nodeName)})
 	if err != nil {
 		t.Fatal(err)
 	}
