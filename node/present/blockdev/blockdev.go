@@ -32,8 +32,9 @@ const childName = "thaw-blockdev"
 const maxMessageBytes = 64 << 10
 
 const (
-	opClaim = "claim"
-	opWrite = "write"
+	opClaim    = "claim"
+	opWrite    = "write"
+	opReadOnly = "read-only"
 )
 
 // request is what a child gets as its only argument, in JSON.
@@ -97,6 +98,8 @@ func childMain(arg string) int {
 			held, err = claim(req)
 		case opWrite:
 			resp.Reply, err = write(req)
+		case opReadOnly:
+			err = readOnly(req.Path)
 		default:
 			err = kind.Errorf(kind.Invalid, "unknown operation %q", req.Op)
 		}
@@ -165,6 +168,22 @@ func claim(req request) (int, error) {
 		}
 		time.Sleep(pause)
 	}
+}
+
+func readOnly(path string) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	switch err {
+	case nil:
+	case unix.ENOENT, unix.ENXIO, unix.ENODEV:
+		return kind.Errorf(kind.NotFound, "open %s: %w", path, err)
+	default:
+		return fmt.Errorf("open %s: %w", path, err)
+	}
+	defer unix.Close(fd)
+	if err := setReadOnly(fd); err != nil {
+		return fmt.Errorf("make %s read-only: %w", path, err)
+	}
+	return nil
 }
 
 func setReadOnly(fd int) error {
@@ -308,6 +327,13 @@ func (c *Claim) Release() error {
 		return fmt.Errorf("release block device: %w", err)
 	}
 	return nil
+}
+
+// SetReadOnly makes the block device at path read-only (BLKROSET), whoever looks at it
+// meanwhile. It is kind.NotFound when there is none, and kind.Canceled when ctx ended first.
+func SetReadOnly(ctx context.Context, path string) error {
+	_, err := run(ctx, request{Op: opReadOnly, Path: path})
+	return err
 }
 
 // Write writes data to the file at path, of sysfs or a control device, with one call.

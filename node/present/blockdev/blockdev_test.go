@@ -165,3 +165,28 @@ func FuzzMountOf(f *testing.F) {
 	f.Add("40 22 43:16 / /mnt ro - erofs /dev/nbd1 ro\n", "43:16")
 	f.Fuzz(func(t *testing.T, text, number string) { mountOf(text, number, "/dev/nbd1") })
 }
+
+// TestSetReadOnly makes a device read-only that somebody looks at, as programs do at every
+// new one.
+func TestSetReadOnly(t *testing.T) {
+	path := device(t)
+	looker, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer looker.Close()
+	for range 2 {
+		if err := SetReadOnly(t.Context(), path); err != nil {
+			t.Fatal(err)
+		}
+		if raw, err := os.ReadFile("/sys/block/" + filepath.Base(path) + "/ro"); err != nil || strings.TrimSpace(string(raw)) != "1" {
+			t.Fatalf("read-only is %q, %v", raw, err)
+		}
+	}
+	if err := SetReadOnly(t.Context(), "/dev/absent-1"); !errors.Is(err, kind.NotFound) {
+		t.Errorf("no device: %v", err)
+	}
+	if err := SetReadOnly(t.Context(), "/dev/null"); err == nil {
+		t.Error("a device without blocks was made read-only")
+	}
+}

@@ -27,9 +27,10 @@ type driver interface {
 	Load(ctx context.Context) error
 	// Node tells whether path is the node of the block device with a number as "259:3".
 	Node(path, number string) bool
-	// Claim keeps everybody from using the block device at path until release is called,
-	// and makes it read-only if asked.
-	Claim(ctx context.Context, path string, wait time.Duration, readOnly bool) (release func() error, err error)
+	// SetReadOnly makes the block device at path read-only.
+	SetReadOnly(ctx context.Context, path string) error
+	// Claim keeps everybody from using the block device at path until release is called.
+	Claim(ctx context.Context, path string, wait time.Duration) (release func() error, err error)
 	// Watch calls changed for each event that may matter, until ctx ends.
 	Watch(ctx context.Context, ready, changed func()) error
 }
@@ -61,8 +62,12 @@ func (linux) Node(path, number string) bool {
 		fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)) == number
 }
 
-func (linux) Claim(ctx context.Context, path string, wait time.Duration, readOnly bool) (func() error, error) {
-	c, err := blockdev.Take(ctx, path, blockdev.ClaimOptions{Wait: wait, ReadOnly: readOnly})
+func (linux) SetReadOnly(ctx context.Context, path string) error {
+	return blockdev.SetReadOnly(ctx, path)
+}
+
+func (linux) Claim(ctx context.Context, path string, wait time.Duration) (func() error, error) {
+	c, err := blockdev.Take(ctx, path, blockdev.ClaimOptions{Wait: wait})
 	if err != nil {
 		return nil, err
 	}

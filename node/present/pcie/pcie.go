@@ -40,7 +40,7 @@ const (
 	watchAgain = time.Minute
 	// usersWait is how long Leave waits for the last users of a drive to be gone.
 	usersWait = 2 * time.Second
-	// claimTimeout bounds the look for users itself.
+	// claimTimeout bounds the look for users itself, and opening the drive.
 	claimTimeout = 20 * time.Second
 	// bindWait bounds binding the driver: the kernel starts the controller meanwhile.
 	bindWait = 60 * time.Second
@@ -229,14 +229,11 @@ func (f *Finder) find(ctx context.Context, id identity, d present.Disk) (string,
 		// Its target refuses writes too; this keeps file systems from trying.
 		cctx, cancel := context.WithTimeout(ctx, claimTimeout)
 		defer cancel()
-		release, err := f.driver.Claim(cctx, path, usersWait, true)
+		err := f.driver.SetReadOnly(cctx, path)
 		if errors.Is(err, kind.NotFound) {
 			return "", waitFor("%s went away", dr.Name)
 		}
 		if err != nil {
-			return "", fmt.Errorf("make it read-only: %w", err)
-		}
-		if err := release(); err != nil {
 			return "", err
 		}
 	}
@@ -296,7 +293,7 @@ func (f *Finder) leave(ctx context.Context, id identity) (release func() error, 
 	if d != nil && f.driver.Node("/dev/"+d.Name, d.Number) {
 		cctx, cancel := context.WithTimeout(ctx, claimTimeout)
 		defer cancel()
-		r, err := f.driver.Claim(cctx, "/dev/"+d.Name, usersWait, false)
+		r, err := f.driver.Claim(cctx, "/dev/"+d.Name, usersWait)
 		switch {
 		case errors.Is(err, kind.NotFound): // it went by itself
 		case err != nil:

@@ -205,16 +205,18 @@ func (m *machine) Node(path, number string) bool {
 	return m.nodes[path] == number
 }
 
-func (m *machine) Claim(_ context.Context, path string, _ time.Duration, readOnly bool) (func() error, error) {
+func (m *machine) SetReadOnly(_ context.Context, path string) error {
+	m.attributes("block/"+filepath.Base(path), map[string]string{"ro": "1"})
+	return nil
+}
+
+func (m *machine) Claim(_ context.Context, path string, _ time.Duration) (func() error, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.claims[path] || m.inUse[path] {
 		return nil, kind.Errorf(kind.InUse, "%s is in use", path)
 	}
 	m.claims[path] = true
-	if readOnly {
-		m.attributes("block/"+filepath.Base(path), map[string]string{"ro": "1"})
-	}
 	return func() error {
 		m.mu.Lock()
 		defer m.mu.Unlock()
