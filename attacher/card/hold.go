@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/attacher/rpc"
 	"github.com/thaw-project/thaw/kind"
 )
 
@@ -27,21 +28,28 @@ const (
 type hold struct {
 	owner string
 	state holdState      // guarded by Card.mu
+	node  string         // guarded by Card.mu: whose stream it lives by, on the network
+	taken chan struct{}  // guarded by Card.mu: of the stream that it lives, or lived, by; closed when another has it
 	calls sync.WaitGroup // calls that attach for the owner; Add under Card.mu while live
 	gone  chan struct{}  // closed when an ending hold has left Card.holds
 }
 
-// Hold implements attacherv1.CardServer.
+// Hold implements attacherv1.CardServer. A stream whose connection broke on a network need
+// not be anybody's death: its owner has the grace to hold again.
 func (c *Card) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingServer[attacherv1.HoldResponse]) error {
 	if err := checkName("owner", r.GetOwner()); err != nil {
 		return err
 	}
-	ctx := stream.Context()
 	if err := c.enter(); err != nil {
 		return err
 	}
 	defer c.calls.Done()
-	h, err := c.beginHold(ctx, r.GetOwner())
+	ctx := stream.Context()
+	node, remote, err := rpc.Node(ctx)
+	if err != nil {
+		return err
+	}
+	h, taken, err := c.takeHold(ctx, r.GetOwner(), node)
 	if err != nil {
 		return err
 	}
@@ -49,6 +57,8 @@ func (c *Card) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingServer
 	if err == nil {
 		select {
 		case <-c.life.Done():
+		case <-taken:
+			return kind.Errorf(kind.InUse, "owner %s holds by a newer stream of %s", r.GetOwner(), node)
 		case <-ctx.Done():
 		}
 	}
@@ -58,38 +68,74 @@ func (c *Card) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingServer
 		return kind.Errorf(kind.Unavailable, "the card's attacher is stopping: hold again when it is back")
 	default:
 	}
-	c.endHold(h, live)
+	c.leaveHold(h, taken, remote && rpc.Lost(ctx))
 	return err
 }
 
-// beginHold makes owner's hold live, once an earlier one has ended.
-func (c *Card) beginHold(ctx context.Context, owner string) (*hold, error) {
+// takeHold makes owner's hold live for a stream of node, once an earlier one has ended, and
+// returns what tells that stream that another of the same node has it now: a node that comes
+// back from an interruption may be earlier than the news of its old connection's end.
+func (c *Card) takeHold(ctx context.Context, owner, node string) (*hold, chan struct{}, error) {
 	for {
 		c.mu.Lock()
 		h := c.holds[owner]
-		switch {
-		case h == nil:
-			h = &hold{owner: owner, state: live, gone: make(chan struct{})}
+		if h == nil {
+			h = &hold{owner: owner, state: returning, gone: make(chan struct{})}
 			c.holds[owner] = h
+		}
+		if h.state == live && node != "" && h.node == node {
+			close(h.taken)
+			h.state = returning
+		}
+		switch h.state {
+		case returning:
+			taken := make(chan struct{})
+			h.state, h.node, h.taken = live, node, taken
 			c.mu.Unlock()
-			return h, nil
-		case h.state == returning:
-			h.state = live
+			return h, taken, nil
+		case live:
 			c.mu.Unlock()
-			return h, nil
-		case h.state == live:
-			c.mu.Unlock()
-			return nil, kind.Errorf(kind.InUse, "owner %s holds already: owners must be unique", owner)
+			return nil, nil, kind.Errorf(kind.InUse, "owner %s holds already: owners must be unique", owner)
 		}
 		c.mu.Unlock()
 		select {
 		case <-h.gone:
 		case <-c.life.Done():
-			return nil, kind.Errorf(kind.Unavailable, "the card's attacher is stopping: hold again when it is back")
+			return nil, nil, kind.Errorf(kind.Unavailable, "the card's attacher is stopping: hold again when it is back")
 		case <-ctx.Done():
-			return nil, fmt.Errorf("wait for the end of owner %s's earlier hold: %w", owner, context.Cause(ctx))
+			return nil, nil, fmt.Errorf("wait for the end of owner %s's earlier hold: %w", owner, context.Cause(ctx))
 		}
 	}
+}
+
+// leaveHold ends a hold whose stream ended, unless another stream has it by now: at once, or
+// when the stream was lost after the grace.
+func (c *Card) leaveHold(h *hold, taken chan struct{}, lost bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if h.state != live || h.taken != taken || c.closing {
+		return
+	}
+	if !lost {
+		c.endHoldLocked(h)
+		return
+	}
+	h.state = returning
+	c.own.Go(func() {
+		grace := time.NewTimer(c.o.HoldGrace)
+		defer grace.Stop()
+		select {
+		case <-c.life.Done():
+			return
+		case <-grace.C:
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if h.state == returning && h.taken == taken { // nobody has held since
+			c.o.Logger.Info("an owner whose connection broke did not come back, detaching what it held", "owner", h.owner)
+			c.endHoldLocked(h)
+		}
+	})
 }
 
 // endHold detaches what h holds, in a goroutine of the card; what it cannot detach now is
@@ -98,7 +144,14 @@ func (c *Card) beginHold(ctx context.Context, owner string) (*hold, error) {
 func (c *Card) endHold(h *hold, from holdState) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closing || h.state != from {
+	if h.state == from {
+		c.endHoldLocked(h)
+	}
+}
+
+// endHoldLocked is endHold for who has c.mu and knows the hold's state.
+func (c *Card) endHoldLocked(h *hold) {
+	if c.closing {
 		return
 	}
 	h.state = ending
