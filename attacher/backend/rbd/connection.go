@@ -128,7 +128,6 @@ func errno(err error) int {
 
 func isNotFound(err error) bool { return errno(err) == int(syscall.ENOENT) }
 func isExists(err error) bool   { return errno(err) == int(syscall.EEXIST) }
-func isBusy(err error) bool     { return errno(err) == int(syscall.EBUSY) }
 
 // wrap says what was being done and marks err with its kind. An error that has one keeps it.
 func wrap(err error, format string, args ...any) error {

@@ -436,7 +436,7 @@ func (b *Backend) detach(ctx context.Context, verb, name string, all bool) (lvol
 		flatten := image.Parent != "" && (all || parent != nil && parent.Image != r.Image)
 		defer b.hold(r.Image)()
 		if flatten {
-			if err := b.withImage(r.Image, func(img *rbd.Image) error { return img.Flatten() }); err != nil {
+			if err := b.withImage(r.Image, flattenOnce); err != nil {
 				return wrap(err, "flatten image %s", b.imageName(r.Image))
 			}
 			reach(verb + ": copied")
@@ -470,6 +470,17 @@ func (b *Backend) detach(ctx context.Context, verb, name string, all bool) (lvol
 		return lvol.Info{}, err
 	}
 	return b.info(name)
+}
+
+// flattenOnce flattens an image unless it is done: a process may have died after that.
+func flattenOnce(img *rbd.Image) error {
+	switch _, err := img.GetParent(); {
+	case isNotFound(err):
+		return nil
+	case err != nil:
+		return err
+	}
+	return img.Flatten()
 }
 
 func (b *Backend) lvolByID(id string) *lvolRecord {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/ceph/go-ceph/rados"
@@ -121,17 +122,19 @@ func (s *session) take(lease time.Duration) error {
 		if err != nil {
 			return err
 		}
-		_, err = s.c.pool.LockExclusive(s.oid, lockName, lockCookie, "thaw store", lease, new(byte))
+		free, err := s.lock(lease, 0)
 		switch {
-		case err == nil:
+		case err != nil:
+			return err
+		case free:
 			// Again, now that nobody else can begin one. One that did not end its session has
 			// run out of its lease, or its lock was broken here.
 			if before, err = s.record(); err != nil || before == nil {
 				return err
 			}
 			return blocklist(s.c.conn, before.Address)
-		case !isBusy(err) || try >= 3:
-			return wrap(err, "lock the store")
+		case try >= 3:
+			return kind.Errorf(kind.InUse, "another process is taking the store %s", s.oid)
 		case before == nil:
 			// It is just beginning or ending.
 			time.Sleep(100 * time.Millisecond)
@@ -191,12 +194,26 @@ func blocklist(conn *rados.Conn, address string) error {
 
 // renew says that the process lives. It waits while the cluster is away.
 func (s *session) renew(lease time.Duration) error {
-	flags := byte(mayRenew)
-	_, err := s.c.pool.LockExclusive(s.oid, lockName, lockCookie, "thaw store", lease, &flags)
-	if isBusy(err) || errno(err) == errBlocklisted {
+	got, err := s.lock(lease, mayRenew)
+	if errno(err) == errBlocklisted || err == nil && !got {
 		s.lost.Store(true)
 	}
-	return wrap(err, "renew the lock on the store")
+	if err == nil && !got {
+		err = kind.Errorf(kind.Unavailable, "another process has taken over the store %s", s.oid)
+	}
+	return err
+}
+
+// lock takes or renews the lock, and tells whether it is this process's now.
+func (s *session) lock(lease time.Duration, flags byte) (bool, error) {
+	result, err := s.c.pool.LockExclusive(s.oid, lockName, lockCookie, "thaw store", lease, &flags)
+	switch {
+	case err != nil:
+		return false, wrap(err, "lock the store %s", s.oid)
+	case result == -int(syscall.EBUSY), result == -int(syscall.EEXIST):
+		return false, nil
+	}
+	return true, nil
 }
 
 // write changes the index in one operation, if the store is this session's.
