@@ -145,11 +145,7 @@ func killUnderLoad(t *testing.T, child string, killTarget, killBridge bool) {
 			}
 		})
 	}
-	rounds := 4
-	if testing.Short() {
-		rounds = 1
-	}
-	for round := range rounds {
+	for round := range 3 {
 		time.Sleep(200 * time.Millisecond)
 		if killTarget {
 			tg.kill()
