@@ -138,18 +138,8 @@ func (c *Card) leaveHold(h *hold, taken chan struct{}, lost bool) {
 	})
 }
 
-// endHold detaches what h holds, in a goroutine of the card; what it cannot detach now is
-// tried again in the background. It does nothing to a hold that is not in state from any
-// more.
-func (c *Card) endHold(h *hold, from holdState) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if h.state == from {
-		c.endHoldLocked(h)
-	}
-}
-
-// endHoldLocked is endHold for who has c.mu and knows the hold's state.
+// endHoldLocked detaches what h holds, in a goroutine of the card; what it cannot detach now
+// is tried again in the background. The caller has c.mu and knows the hold's state.
 func (c *Card) endHoldLocked(h *hold) {
 	if c.closing {
 		return
@@ -229,19 +219,15 @@ func (c *Card) endAbsent() {
 	case <-grace.C:
 	}
 	c.mu.Lock()
-	var absent []*hold
 	for _, h := range c.holds {
-		if h.state == returning {
-			absent = append(absent, h)
+		if h.state == returning && h.taken == nil { // since the start; others have a grace of their own
+			c.o.Logger.Info("an owner did not come back, detaching what it held", "owner", h.owner)
+			c.endHoldLocked(h)
 		}
 	}
 	left := c.left
 	c.left = make(map[string]bool)
 	c.mu.Unlock()
-	for _, h := range absent {
-		c.o.Logger.Info("an owner did not come back, detaching what it held", "owner", h.owner)
-		c.endHold(h, returning)
-	}
 	all, err := c.disks()
 	if err != nil {
 		c.o.Logger.Error("cannot read what a predecessor was attaching", "error", err)
