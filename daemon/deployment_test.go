@@ -33,7 +33,7 @@ func TestDeploymentExamples(t *testing.T) {
 			found++
 		}
 	}
-	if found < 14 {
+	if found < 17 {
 		t.Errorf("%d examples found", found)
 	}
 }
