@@ -49,11 +49,17 @@ func FuzzRecord(f *testing.F) {
 		HostId: "591b0cf8-1054-58d7-98b1-861b77e3ad87", Uuid: "591b0cf8-1054-58d7-98b1-861b77e3ad88", Nsid: 1, SizeBytes: 512,
 		Portals: []*attacherv1.Portal{{Transport: "tcp", Address: "10.0.0.1", Service: "4420"}},
 	}
-	raw, err := proto.Marshal(a)
-	if err != nil {
-		f.Fatal(err)
+	ceph := &attacherv1.Attachment{
+		Block: "b", Transport: "rbd", SizeBytes: 512, Writable: true, WritableId: "rw-1", AttachmentId: "x", Node: "node-a",
+		Rbd: &attacherv1.RbdImage{Cluster: "591b0cf8-1054-58d7-98b1-861b77e3ad87", Pool: "p", Image: "i"},
 	}
-	f.Add(raw)
+	for _, m := range []*attacherv1.Attachment{a, ceph} {
+		raw, err := proto.Marshal(m)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(raw)
+	}
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		var a attacherv1.Attachment
 		if proto.Unmarshal(raw, &a) != nil {
@@ -63,8 +69,16 @@ func FuzzRecord(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(r.Portals) == 0 || r.SizeBytes <= 0 || len(r.addresses()) > maxPortals {
+		if (len(r.Portals) == 0) != (r.Transport == TransportRBD) || (r.RBD == nil) != (r.Transport != TransportRBD) || r.SizeBytes <= 0 || len(r.addresses()) > maxPortals {
 			t.Fatalf("%+v", r)
+		}
+		// What is recorded says the same again.
+		raw, err = encodeRecord(&r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again, err := decodeRecord([]byte(key("t", "b")), raw); err != nil || !again.equal(r) {
+			t.Fatalf("%+v came back as %+v, %v", r, again, err)
 		}
 	})
 }

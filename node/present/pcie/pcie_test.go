@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/fstest"
 	"time"
 
 	"go.uber.org/goleak"
@@ -553,18 +554,14 @@ func TestThisKernel(t *testing.T) {
 func FuzzDrives(f *testing.F) {
 	f.Add("nvme0n1", "8", testUUID, "eui.0123", "0000:3b:00.2", "live")
 	f.Fuzz(func(t *testing.T, name, size, id, wwid, address, state string) {
-		if !fs.ValidPath(name) || strings.Contains(name, "/") || name == "." || len(name) > 100 || strings.ContainsRune(name, 0) {
+		if !fs.ValidPath(name) || strings.Contains(name, "/") || name == "." {
 			return
 		}
-		dir := t.TempDir()
-		write := func(path, v string) {
-			os.MkdirAll(filepath.Dir(filepath.Join(dir, path)), 0o755)
-			os.WriteFile(filepath.Join(dir, path), []byte(v), 0o600)
-		}
+		sys := fstest.MapFS{}
 		for a, v := range map[string]string{"size": size, "uuid": id, "nguid": id, "wwid": wwid, "device/address": address, "device/state": state, "device/transport": "pcie", "device/serial": id} {
-			write("block/"+name+"/"+a, v)
+			sys["block/"+name+"/"+a] = &fstest.MapFile{Data: []byte(v)}
 		}
-		list, err := drives(os.DirFS(dir))
+		list, err := drives(sys)
 		if err != nil {
 			t.Fatal(err)
 		}
