@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -57,7 +58,7 @@ const cacheUnit = 64 << 10
 // openCache opens the cache of what other machines store. A node without it works, only
 // slower.
 func (s *Server) openCache(registry *prometheus.Registry) error {
-	if !s.config.Cache.Enabled {
+	if !s.config.Cache.Enabled || !slices.ContainsFunc(s.config.Remotes(), func(r RemoteConfig) bool { return !r.local() }) {
 		return nil
 	}
 	c, err := cache.Open(cache.Options{
@@ -81,7 +82,7 @@ func (s *Server) openCache(registry *prometheus.Registry) error {
 // openRemoteLvol opens a block that another machine stores, through the cache.
 func (s *Server) openRemoteLvol(target, block string) (bdev.Device, error) {
 	d, err := s.remote.Open(target, block)
-	if err != nil || s.cache == nil {
+	if err != nil || s.cache == nil || s.localTarget(target) {
 		return d, err
 	}
 	runs, err := s.remote.Map(target, block)
@@ -99,6 +100,12 @@ func (s *Server) openRemoteLvol(target, block string) (bdev.Device, error) {
 		return nil, err
 	}
 	return cached, nil
+}
+
+// localTarget tells whether a target's attacher is on this machine: what is read from there
+// is not kept here a second time.
+func (s *Server) localTarget(name string) bool {
+	return slices.ContainsFunc(s.config.Remotes(), func(r RemoteConfig) bool { return r.Name == name && r.local() })
 }
 
 // closeRemote makes whoever waits for another machine fail.
@@ -152,7 +159,7 @@ func (s *Server) firstScratch(ctx context.Context) {
 
 // cached opens a block for prefetching, if reading it leaves it in the cache.
 func (s *Server) cached(b imagemgmt.Block) (bdev.Device, error) {
-	if b.Target == "" || s.remote == nil || s.cache == nil {
+	if b.Target == "" || s.remote == nil || s.cache == nil || s.localTarget(b.Target) {
 		return nil, kind.Errorf(kind.Unsupported, "nothing here caches block %s", b.Name)
 	}
 	return s.openRemoteLvol(b.Target, b.Name)

@@ -59,6 +59,9 @@ type RemoteConfig struct {
 
 func (c *Config) has(role string) bool { return slices.Contains(c.Roles, role) }
 
+// local tells whether the store's attacher is on this machine.
+func (r *RemoteConfig) local() bool { return filepath.IsAbs(r.Attacher) }
+
 // Store tells whether this process has the role, as do the others.
 func (c *Config) Store() bool { return c.has(RoleStore) }
 
