@@ -484,7 +484,10 @@ func (t *Target) AddListener(nqn string, lc ListenerConfig) (string, error) {
 		}
 		t.nextPort++
 		l = &listener{nl: nl, upgrade: lc.Upgrade, told: lc.Advertise, port: t.nextPort}
-		lc.Address = nl.Addr().String()
+		// As it was asked for, with the port that was taken: 0.0.0.0 is also IPv6's ::, and the
+		// next subsystem asks for 0.0.0.0 again.
+		asked, bound := netip.MustParseAddrPort(lc.Address), nl.Addr().(*net.TCPAddr)
+		lc.Address = netip.AddrPortFrom(asked.Addr(), uint16(bound.Port)).String()
 		t.listeners[lc.Address] = l
 		t.wg.Add(1)
 		go t.accept(l)
