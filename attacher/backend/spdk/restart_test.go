@@ -313,3 +313,68 @@ func TestOptions(t *testing.T) {
 		}
 	}
 }
+
+// TestPortals has a portal of any address, one of IPv6, and one for the attacher alone.
+func TestPortals(t *testing.T) {
+	p := newPlace(t)
+	p.serve(t, nil)
+	o := p.options(p.conn(t))
+	o.Portals = []string{"tcp://0.0.0.0:" + freePort(t), "tcp://[::1]:" + freePort(t), "rdma://127.0.0.1:4420"}
+	o.Own = "tcp://[::]:" + freePort(t)
+	b, err := spdk.New(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	x := b.Exporter()
+	if got := x.Transports(); len(got) != 2 || got[0] != attacher.TransportTCP || got[1] != attacher.TransportRDMA {
+		t.Errorf("transports %v", got)
+	}
+	if err := x.Restore(nil); err != nil {
+		t.Fatal(err)
+	}
+	prepare(t, b)
+	e := attacher.Export{Node: "node-1", Block: "block", NSID: 1, Transport: attacher.TransportTCP}
+	told, err := x.Export(e, "127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(told.Portals) != 2 || told.Portals[0].Address != "127.0.0.1" || told.Portals[1].Address != "::1" || told.Portals[0].Transport != "tcp" {
+		t.Errorf("%+v", told)
+	}
+	for _, at := range told.Portals {
+		one := told
+		one.Portals = []attacher.Portal{at}
+		d, err := backendtest.OpenNVMe(t.Context(), "node-1", one)
+		if err != nil {
+			t.Errorf("at %+v: %v", at, err)
+			continue
+		}
+		got := make([]byte, 4096)
+		if _, err := d.ReadAt(got, 4096); err != nil || !bytes.Equal(got, block(1)) {
+			t.Errorf("at %+v: %v", at, err)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	// This target has no RDMA, and what cannot be shown leaves nothing.
+	e.Node, e.Transport = "node-2", attacher.TransportRDMA
+	if _, err := x.Export(e, ""); err == nil || errors.Is(err, kind.Unavailable) {
+		t.Errorf("over RDMA: %v", err)
+	}
+	for _, bad := range []attacher.Export{
+		{Node: "node-2", Block: "block", NSID: 0}, {Node: "node-2", Block: "block", NSID: attacher.MaxAttachments + 1},
+		{Node: "Node", Block: "block", NSID: 1}, {Node: "../x", Block: "block", NSID: 1}, {Node: "", Block: "block", NSID: 1},
+	} {
+		if _, err := x.Export(bad, ""); !errors.Is(err, kind.Invalid) {
+			t.Errorf("%+v: %v", bad, err)
+		}
+	}
+	if _, err := x.Export(attacher.Export{Node: "node-2", Block: "block", NSID: 1, Transport: "fc"}, ""); !errors.Is(err, kind.Unsupported) {
+		t.Errorf("over FC: %v", err)
+	}
+	if nodes, lvols := x.Attached(); nodes != 1 || lvols != 1 {
+		t.Errorf("%d nodes have %d lvols", nodes, lvols)
+	}
+}

@@ -124,12 +124,21 @@ func newPlace(t testing.TB) *place {
 	if err := f.Truncate(capacity); err != nil {
 		t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	return &place{root, "tcp://127.0.0.1:" + freePort(t)}
+}
+
+func freePort(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "[::]:0") // free on all addresses
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	return &place{root, "tcp://" + l.Addr().String()}
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return port
 }
 
 func (p *place) conn(t testing.TB) *grpc.ClientConn {
