@@ -43,6 +43,11 @@ func (l *ledger) Export(e Export, _ string) (Exported, error) {
 	if have, ok := l.shown[e.Node+" "+e.Block]; ok && have != e {
 		return Exported{}, fmt.Errorf("%+v is shown as %+v", e, have)
 	}
+	for _, x := range l.shown {
+		if x.Node == e.Node && x.NSID == e.NSID && x.Block != e.Block {
+			return Exported{}, fmt.Errorf("%+v has the identifier of %+v", e, x)
+		}
+	}
 	l.shown[e.Node+" "+e.Block] = e
 	if l.fail != nil {
 		return Exported{}, l.fail
