@@ -153,11 +153,6 @@ func (p *proof) worker() *worker {
 				if _, err := run(c, s, w.what(way), nil, nil); err != nil {
 					return fmt.Errorf("%s: %w", way, err)
 				}
-				if way == forth {
-					if err := s.check(context.Background()); err != nil {
-						return fmt.Errorf("check: %w", err)
-					}
-				}
 				have, err := w.resting()
 				if err != nil {
 					return err
@@ -167,6 +162,11 @@ func (p *proof) worker() *worker {
 					return err
 				}
 				w.states[way] = have
+				if way == forth {
+					if err := s.check(context.Background()); err != nil {
+						return fmt.Errorf("check: %w", err)
+					}
+				}
 			}
 		}
 		return nil

@@ -67,20 +67,23 @@ func New() (*Lab, error) {
 	}
 	name := fmt.Sprintf("%s%d.%d", dirPrefix, os.Getpid(), labNumber.Add(1))
 	dir := filepath.Join(os.TempDir(), name)
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		return nil, err
-	}
-	// Mounts made here must not spread into other mount namespaces.
 	start, err := processStart(os.Getpid())
 	if err != nil {
 		return nil, err
 	}
-	owner := fmt.Sprintf("%d %s\n", os.Getpid(), start)
-	if err := os.WriteFile(filepath.Join(dir, "owner"), []byte(owner), 0o600); err != nil {
+	// It gets its name when it has an owner: another lab's sweep takes one without for
+	// that of a dead one.
+	fresh, err := os.MkdirTemp("", "new-"+dirPrefix)
+	if err != nil {
 		return nil, err
 	}
-	if err := os.Mkdir(filepath.Join(dir, "log"), 0o700); err != nil {
-		return nil, err
+	owner := fmt.Sprintf("%d %s\n", os.Getpid(), start)
+	err = errors.Join(os.WriteFile(filepath.Join(fresh, "owner"), []byte(owner), 0o600), os.Mkdir(filepath.Join(fresh, "log"), 0o700))
+	if err == nil {
+		err = os.Rename(fresh, dir)
+	}
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(fresh))
 	}
 	return &Lab{Dir: dir, Bin: bin, name: name}, nil
 }
