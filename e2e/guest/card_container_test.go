@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -132,6 +133,49 @@ func cardLog(d *daemon, text string) string {
 	return strings.Join(found, "\n")
 }
 
+var journeyLine = regexp.MustCompile(`msg="(block attached|drive shown|drive found)".* (?:block|disk)=(\S+) .*?took=(\S+)(?: steps="([^"]*)")?`)
+
+// journeys says, from logs of image-mgmt and the host, how long the first way of each disk to
+// its device node took, and where.
+func journeys(log string) string {
+	type way struct {
+		store, card, kernel time.Duration
+		steps               string
+	}
+	ways := map[string]*way{}
+	var order []string
+	for line := range strings.Lines(log) {
+		m := journeyLine.FindStringSubmatch(line)
+		if m == nil {
+			continue
+		}
+		took, err := time.ParseDuration(m[3])
+		if err != nil {
+			return err.Error() + ": " + line
+		}
+		w := ways[m[2]]
+		if w == nil {
+			w = &way{}
+			ways[m[2]], order = w, append(order, m[2])
+		}
+		switch {
+		case m[1] == "block attached" && w.store == 0:
+			w.store = took
+		case m[1] == "drive shown" && w.card == 0:
+			w.card, w.steps = took, m[4]
+		case m[1] == "drive found" && w.kernel == 0:
+			w.kernel = took
+		}
+	}
+	var out strings.Builder
+	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1e3 }
+	for _, name := range order {
+		w := ways[name]
+		fmt.Fprintf(&out, "%-44s %6.1f ms: store %.1f, card %.1f (%s), the host's kernel %.1f\n", name, ms(w.store+w.card+w.kernel), ms(w.store), ms(w.card), w.steps, ms(w.kernel))
+	}
+	return out.String()
+}
+
 // TestCardContainers starts containers of converted images from the drives of a simulated
 // DPU: the store on this machine, the card's processes too, and in the guest containerd and
 // the snapshotter. Each of the card's processes is killed while containers read.
@@ -196,9 +240,9 @@ func TestCardContainers(t *testing.T) {
 		t.Logf("drives:\n%s", n.do(t, `for c in /sys/class/nvme/nvme*; do echo "${c##*/} $(cat $c/serial) $(cat $c/address) $(cat /sys/block/${c##*/}n1/size) sectors, ro $(cat /sys/block/${c##*/}n1/ro)"; done`))
 	})
 	t.Run("steps", func(t *testing.T) {
-		t.Logf("from image-mgmt's call to the store, and to the card:\n%s", cardLog(n.images, "took="))
-		t.Logf("of the card's last step, in the bridge:\n%s", cardLog(n.card.bridge, "function plugged"))
-		t.Logf("the host:\n%s", n.do(t, `grep -E 'took|drive' /tmp/thaw.log | head -n 40 || true`))
+		host := n.do(t, "grep 'drive found' /tmp/thaw.log")
+		t.Logf("from call to device node, on a machine that is emulated:\n%s", journeys(cardLog(n.images, "took=")+"\n"+host))
+		t.Logf("of the card's step controller, in the bridge:\n%s", cardLog(n.card.bridge, "function plugged"))
 	})
 	for _, victim := range []*daemon{n.card.target, n.card.bridge, n.attacher, n.images} {
 		t.Run("killed "+victim.args[0], func(t *testing.T) {
