@@ -13,7 +13,16 @@ import (
 // Present tells whether this build has Ceph.
 const Present = false
 
-func absent() error {
+// absent is what every function says, about options that make sense.
+func absent(o Options) error {
+	o.ensureDefaults()
+	if err := o.validate(); err != nil {
+		return err
+	}
+	return errAbsent()
+}
+
+func errAbsent() error {
 	return kind.Errorf(kind.Unsupported, "this build has no Ceph: build with 'make ceph', or with -tags ceph and CGO_ENABLED=1")
 }
 
@@ -21,20 +30,20 @@ func absent() error {
 type Backend struct{ attacher.Backend }
 
 // New returns kind.Unsupported.
-func New(context.Context, Options) (*Backend, error) { return nil, absent() }
+func New(_ context.Context, o Options) (*Backend, error) { return nil, absent(o) }
 
 // Exporter returns kind.Unsupported.
-func (*Backend) Exporter() (attacher.Exporter, error) { return nil, absent() }
+func (*Backend) Exporter() (attacher.Exporter, error) { return nil, errAbsent() }
 
 // Opener exists in builds with Ceph only.
 type Opener struct{}
 
 // NewOpener returns kind.Unsupported.
-func NewOpener(context.Context, Options) (*Opener, error) { return nil, absent() }
+func NewOpener(_ context.Context, o Options) (*Opener, error) { return nil, absent(o) }
 
 // Open returns kind.Unsupported.
 func (*Opener) Open(context.Context, attacher.RBDImage, bool) (bdev.Device, error) {
-	return nil, absent()
+	return nil, errAbsent()
 }
 
 // Close does nothing.

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -73,20 +72,6 @@ func open(t testing.TB, o rbd.Options) *rbd.Backend {
 		t.Fatal(err)
 	}
 	return b
-}
-
-// leftovers fails the test when the pool has more of a store than its index.
-func leftovers(t testing.TB, prefix string) {
-	t.Helper()
-	out, err := cluster.RBD(context.Background(), "ls", pool)
-	if err != nil {
-		t.Error(err)
-	}
-	for _, image := range strings.Fields(string(out)) {
-		if strings.HasPrefix(image, prefix) {
-			t.Errorf("image %s is left", image)
-		}
-	}
 }
 
 // nodeDevice is a device with the connection that is its node's own.
