@@ -152,6 +152,35 @@ func TestSocketExportOfNamespace(t *testing.T) {
 	}
 }
 
+// TestSocketExportFailing puts a disk on which all fails in the place of one that is gone:
+// a client that waits for it gets an error.
+func TestSocketExportFailing(t *testing.T) {
+	l := start(t, target.Options{})
+	socket := filepath.Join(shortDir(t), "s")
+	l.call("bdev_malloc_create", `{"name":"m","num_blocks":65536,"block_size":512}`)
+	l.call("thaw_nbd_export", `{"bdev_name":"m","socket":%q}`, socket)
+	for _, p := range []string{`"failing_bytes":100`, `"failing_bytes":-512`, `"failing_bytes":512,"bdev_name":"m"`, `"failing_bytes":512,"nqn":"n"`, `"nqn":"n"`} {
+		l.fails(-22, "thaw_nbd_export", `{%s,"socket":%q}`, p, socket+"2")
+	}
+	l.fails(-17, "thaw_nbd_export", `{"failing_bytes":33554432,"socket":%q}`, socket)
+	ended := make(chan string, 1)
+	go func() {
+		out, _ := qemuIO(t, socket, "write -P 5 0 1M", "sleep 1500", "read 0 1M")
+		ended <- out
+	}()
+	eventually(t, "qemu-io is connected", func() bool { return strings.Contains(l.answer("thaw_nbd_get_exports", ""), `"connections":1`) })
+	time.Sleep(500 * time.Millisecond) // it has written
+	l.call("bdev_malloc_delete", `{"name":"m"}`)
+	l.call("thaw_nbd_export", `{"failing_bytes":33554432,"socket":%q}`, socket)
+	if out := <-ended; !strings.Contains(out, "wrote 1048576/1048576") || !strings.Contains(out, "read failed: Input/output error") {
+		t.Errorf("qemu-io:\n%s", out)
+	}
+	if got, want := l.answer("thaw_nbd_get_exports", ""), fmt.Sprintf(`[{"bdev_name":"","socket":%q,"failing_bytes":33554432,"read_only":false,"connections":0}]`, socket); got != want {
+		t.Errorf("exports:\n got %s\nwant %s", got, want)
+	}
+	l.call("thaw_nbd_unexport", `{"socket":%q}`, socket)
+}
+
 // TestSocketExportKilled kills a target while a machine emulator's disk is in use: what is
 // on record comes back, and the disk has waited.
 func TestSocketExportKilled(t *testing.T) {
