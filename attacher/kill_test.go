@@ -4,6 +4,9 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -21,6 +24,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
@@ -686,10 +691,32 @@ func TestScratch(t *testing.T) {
 	_, err = a.Scratch(ctx, scratchBytes)
 	must(t, err)
 	t.Logf("found in %s", time.Since(begin))
-	for _, bad := range []int64{0, -1, 1 << 20, 64<<20 + 512} {
+	for _, bad := range []int64{0, -1, 1 << 20, 64<<20 + 512, 1<<40 + 1<<20} {
 		_, err = a.Scratch(ctx, bad)
 		wantKind(t, err, kind.Invalid)
 	}
+	// A node may ask, over the network: the store makes it all the same.
+	node := &x509.Certificate{Subject: pkix.Name{CommonName: "node-1"}}
+	asks := peer.NewContext(ctx, &peer.Peer{AuthInfo: credentials.TLSInfo{State: tls.ConnectionState{
+		PeerCertificates: []*x509.Certificate{node}, VerifiedChains: [][]*x509.Certificate{{node}},
+	}}})
+	r, err := a.EnsureScratch(asks, &attacherv1.EnsureScratchRequest{SizeBytes: 256 << 20})
+	must(t, err)
+	if info, err := d.store.Get(r.GetBlock()); err != nil || !info.Snapshot {
+		t.Fatal(info, err)
+	}
+	// Not any number of sizes.
+	for n := range int64(attacher.MaxScratches - 2) {
+		_, err = d.store.Create("tmp", 300<<20+n<<20)
+		must(t, err)
+		_, err = d.store.Snapshot("tmp", attacher.ScratchName(300<<20+n<<20))
+		must(t, err)
+		must(t, d.store.Delete("tmp"))
+	}
+	_, err = a.EnsureScratch(asks, &attacherv1.EnsureScratchRequest{SizeBytes: 512 << 20})
+	wantKind(t, err, kind.NoSpace)
+	_, err = a.EnsureScratch(asks, &attacherv1.EnsureScratchRequest{SizeBytes: 256 << 20})
+	must(t, err)
 	_, err = d.store.Create("scratch-134217728", 128<<20)
 	must(t, err)
 	_, err = a.Scratch(ctx, 128<<20)
