@@ -284,10 +284,10 @@ func freePorts(n int) ([]int, error) {
 	return ports, nil
 }
 
-// User makes a cephx user with the capabilities that docs/ceph.md asks for; ceph.conf
-// names its keyring from then on.
-func (c *Cluster) User(ctx context.Context, name, pool string) error {
-	out, err := c.Ceph(ctx, "auth", "get-or-create", "client."+name, "mon", "profile rbd", "osd", "profile rbd pool="+pool)
+// User makes a cephx user with these capabilities at OSDs, as "profile rbd pool=x";
+// ceph.conf names its keyring from then on.
+func (c *Cluster) User(ctx context.Context, name, capabilities string) error {
+	out, err := c.Ceph(ctx, "auth", "get-or-create", "client."+name, "mon", "profile rbd", "osd", capabilities)
 	if err != nil {
 		return err
 	}

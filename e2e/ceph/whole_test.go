@@ -65,7 +65,7 @@ func newWorld(ctx context.Context, l *lab.Lab) (*world, error) {
 	if w.cluster, err = ceph.Start(ctx, l, ceph.Options{Pools: []string{pool, "other"}, Auth: true}); err != nil {
 		return nil, err
 	}
-	if err := w.cluster.User(ctx, "thaw", pool); err != nil {
+	if err := w.cluster.User(ctx, "thaw", "profile rbd pool="+pool); err != nil {
 		return nil, err
 	}
 	registry, err := l.StartRegistry(ctx, lab.RegistryOptions{})
@@ -133,7 +133,12 @@ func (w *world) server(t *testing.T, inCeph bool) (_ *lab.Thaw, prefix string) {
 		} else if err := s.CheckStore(ctx); err != nil && inCeph {
 			t.Errorf("the store at the end of the test: %v", err)
 		}
-		if err := s.Shutdown(ctx); err != nil {
+		// The kernel gives a file back a moment after its last user has closed it.
+		err := s.Shutdown(ctx)
+		for deadline := time.Now().Add(15 * time.Second); err != nil && time.Now().Before(deadline); err = s.Shutdown(ctx) {
+			time.Sleep(200 * time.Millisecond)
+		}
+		if err != nil {
 			t.Errorf("shut thaw server down: %v", err)
 		}
 	})

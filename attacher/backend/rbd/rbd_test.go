@@ -3,6 +3,7 @@
 package rbd_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"github.com/thaw-project/thaw/attacher/backend/rbd"
 	"github.com/thaw-project/thaw/e2e/ceph"
 	"github.com/thaw-project/thaw/e2e/lab"
+	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/target/bdev"
 )
 
@@ -43,7 +45,10 @@ func run(m *testing.M) int {
 		defer l.Close()
 		ctx := context.Background()
 		if cluster, err = ceph.Start(ctx, l, ceph.Options{Pools: []string{pool}, Auth: true}); err == nil {
-			err = cluster.User(ctx, "thaw", pool)
+			err = cluster.User(ctx, "thaw", "profile rbd pool="+pool)
+		}
+		if err == nil {
+			err = cluster.User(ctx, "node", "profile rbd-read-only pool="+pool)
 		}
 	}
 	if err != nil {
@@ -93,6 +98,68 @@ func openAsNode(o rbd.Options) func(context.Context, string, attacher.Exported) 
 			return nil, errors.Join(err, opener.Close())
 		}
 		return nodeDevice{d, opener}, nil
+	}
+}
+
+// TestReadOnlyNode shows what docs/ceph.md says of a node's capabilities: it reads blocks
+// and can change nothing.
+func TestReadOnlyNode(t *testing.T) {
+	o := options(t)
+	prepare(t, o)
+	b := open(t, o)
+	defer b.Close()
+	if _, err := b.SetReadOnly("clone", true); err != nil {
+		t.Fatal(err)
+	}
+	x, err := b.Exporter()
+	if err != nil {
+		t.Fatal(err)
+	}
+	told, err := x.Export(attacher.Export{Node: "n", Block: "clone", NSID: 1}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := o
+	node.User = "node"
+	opener, err := rbd.NewOpener(t.Context(), node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := opener.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	d, err := opener.Open(t.Context(), *told.RBD, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 4<<20)
+	if n, err := d.ReadAt(got, 0); n != len(got) || !bytes.Equal(got, ones(4<<20)) {
+		t.Errorf("read %d bytes, %v", n, err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	image := *told.RBD
+	image.Snapshot = ""
+	if d, err := opener.Open(t.Context(), image, false); err == nil {
+		if _, err := d.WriteAt(ones(512), 0); err == nil {
+			t.Error("a node without the right to write wrote to an image")
+		}
+		if err := d.Close(); err != nil {
+			t.Log(err)
+		}
+	}
+	other := *told.RBD
+	other.Cluster = "00000000-0000-0000-0000-000000000000"
+	if _, err := opener.Open(t.Context(), other, true); !errors.Is(err, kind.Invalid) {
+		t.Errorf("open an image of another cluster: %v", err)
+	}
+	none := *told.RBD
+	none.Image += "x"
+	if _, err := opener.Open(t.Context(), none, true); !errors.Is(err, kind.NotFound) {
+		t.Errorf("open an image that is not there: %v", err)
 	}
 }
 
