@@ -279,11 +279,12 @@ func (m *Manager) reconcile(ctx context.Context) error {
 				m.o.Logger.Warn("a disk that nobody uses stays", "disk", d.ID, "error", err)
 				if d.Source.Kind == present.SourceLvol { // for the next Detach to try again
 					e := newEntry(Block{d.Source.Target, d.Source.Lvol})
-					e.shown, e.disk = true, d
 					m.mu.Lock()
 					m.blocks[d.ID] = e
-					if !errors.Is(err, kind.InUse) {
-						m.doubtLocked(e)
+					if errors.Is(err, kind.InUse) {
+						e.shown, e.disk = true, d
+					} else {
+						m.doubtLocked(e) // it may go yet: who wants it has it shown again
 					}
 					m.mu.Unlock()
 				}
@@ -411,9 +412,12 @@ func (m *Manager) pin(block Block, user string) (e *entry, known bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	e = m.blocks[block.Name]
-	if e == nil {
+	switch {
+	case e == nil:
 		e = newEntry(block)
 		m.blocks[block.Name] = e
+	case e.busy == 0 && len(e.users) == 0 && block.Target != "":
+		e.block = block // of one that was found shown, a presenter may not know the target
 	}
 	e.busy++
 	_, known = e.users[user]
@@ -561,8 +565,9 @@ func (m *Manager) hide(ctx context.Context, block string, e *entry) error {
 	e.shown = false // from here on a new Attach waits at the gate
 	m.mu.Unlock()
 	if err := m.withdraw(ctx, block, hideWait); err != nil {
-		m.setShown(e, disk, shown)
-		if !shown || unclear(ctx, err) {
+		inUse := errors.Is(err, kind.InUse)
+		m.setShown(e, disk, shown && inUse)
+		if !shown || !inUse {
 			m.mu.Lock()
 			m.doubtLocked(e)
 			m.mu.Unlock()
