@@ -9,7 +9,6 @@ import (
 	"maps"
 	"math/bits"
 	"slices"
-	"syscall"
 	"time"
 
 	"github.com/ceph/go-ceph/rbd"
@@ -337,28 +336,50 @@ func (b *Backend) isLvol(image, snap string) bool {
 }
 
 // space asks for the pool's capacity and what is free, in bytes of data: what replicas
-// take is divided out.
+// take is divided out. The capacity is what all pools share.
 func (c *cluster) space(pool string) (space, error) {
-	raw, status, err := c.conn.MonCommand([]byte(`{"prefix":"df","format":"json"}`))
-	if err != nil {
-		return space{}, wrap(err, "ask Ceph for the free space: %s", status)
-	}
 	var df struct {
+		Stats struct {
+			Total int64 `json:"total_bytes"`
+		} `json:"stats"`
 		Pools []struct {
 			Name  string `json:"name"`
 			Stats struct {
-				Stored   int64 `json:"stored"`
 				MaxAvail int64 `json:"max_avail"`
 			} `json:"stats"`
 		} `json:"pools"`
 	}
-	if err := json.Unmarshal(raw, &df); err != nil {
-		return space{}, kind.Errorf(kind.IO, "what Ceph says of the free space: %w", err)
+	if err := c.ask(map[string]string{"prefix": "df", "format": "json"}, &df); err != nil {
+		return space{}, err
+	}
+	var replicas struct {
+		Size int64 `json:"size"`
+	}
+	if err := c.ask(map[string]string{"prefix": "osd pool get", "pool": pool, "var": "size", "format": "json"}, &replicas); err != nil {
+		return space{}, err
 	}
 	for _, p := range df.Pools {
 		if p.Name == pool {
-			return space{at: time.Now(), total: p.Stats.Stored + p.Stats.MaxAvail, free: p.Stats.MaxAvail}, nil
+			// With erasure coding the pieces are counted and less than a replica each.
+			total := max(df.Stats.Total/max(replicas.Size, 1), p.Stats.MaxAvail)
+			return space{at: time.Now(), total: total, free: p.Stats.MaxAvail}, nil
 		}
 	}
-	return space{}, kind.Errorf(kind.NotFound, "what Ceph says of the free space has no pool %s: %w", pool, syscall.ENOENT)
+	return space{}, kind.Errorf(kind.NotFound, "what Ceph says of the free space has no pool %s", pool)
+}
+
+// ask has a monitor answer a command.
+func (c *cluster) ask(command map[string]string, into any) error {
+	what, err := json.Marshal(command)
+	if err != nil {
+		return kind.Errorf(kind.Invalid, "encode a command: %w", err)
+	}
+	raw, status, err := c.conn.MonCommand(what)
+	if err != nil {
+		return wrap(err, "ask Ceph %s: %s", what, status)
+	}
+	if err := json.Unmarshal(raw, into); err != nil {
+		return kind.Errorf(kind.IO, "what Ceph says to %s: %w", what, err)
+	}
+	return nil
 }
