@@ -24,6 +24,7 @@ import (
 	"time"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/attacher/hold"
 	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/keylock"
 	"github.com/thaw-project/thaw/kind"
@@ -173,8 +174,10 @@ type Attacher struct {
 	// names are locks of lvols: one operation at a time on each.
 	names keylock.Set
 
+	// holds are the owners; never called with mu locked, but for Stop.
+	holds *hold.Set
+
 	mu      sync.Mutex
-	holds   map[string]*hold               // guarded by mu: by owner
 	uses    map[string]map[string]struct{} // guarded by mu: who has a block attached, by block
 	nsids   map[string]map[uint32]struct{} // guarded by mu: identifiers in use, by node
 	named   map[string]int                 // guarded by mu: how many images name a block
@@ -204,13 +207,14 @@ func New(o Options) (*Attacher, error) {
 		return nil, err
 	}
 	a := &Attacher{
-		o: o, db: db, holds: make(map[string]*hold), uses: make(map[string]map[string]struct{}), nsids: make(map[string]map[uint32]struct{}), named: make(map[string]int), doubts: make(map[string]struct{}),
+		o: o, db: db, uses: make(map[string]map[string]struct{}), nsids: make(map[string]map[uint32]struct{}), named: make(map[string]int), doubts: make(map[string]struct{}),
 		wake: make(chan struct{}, 1), soon: make(chan struct{}, 1),
 		step: o.step,
 	}
 	a.life, a.end = context.WithCancel(context.Background())
+	a.holds = hold.New(hold.Options{Server: "the attacher", Grace: o.HoldGrace, End: a.endHeld, Logger: o.Logger})
 	if err := a.recover(); err != nil {
-		a.end()
+		a.Stop()
 		db.Close()
 		return nil, fmt.Errorf("start attacher from %s: %w", o.DBPath, err)
 	}
@@ -230,6 +234,7 @@ func (a *Attacher) Stop() {
 	if !a.closing {
 		a.closing = true
 		a.end()
+		a.holds.Stop()
 	}
 }
 
@@ -238,6 +243,7 @@ func (a *Attacher) Close() error {
 	a.Stop()
 	a.calls.Wait()
 	a.own.Wait()
+	a.holds.Wait()
 	return a.db.Close()
 }
 
@@ -254,7 +260,7 @@ func (a *Attacher) enter() error {
 
 // sweeper removes in the background what could not be removed at once.
 func (a *Attacher) sweeper() {
-	a.own.Go(a.endAbsent)
+	a.own.Go(func() { a.holds.Absent() })
 	timer := time.NewTimer(sweepInterval)
 	defer timer.Stop()
 	for {

@@ -352,17 +352,12 @@ func TestExporterAway(t *testing.T) {
 	if err := deleteImage(a); kind.Of(err) != kind.InUse {
 		t.Fatalf("an image that a node may read is removed: %v", err)
 	}
-	if _, err := a.beginHold(background, "c"); err != nil {
-		t.Fatal(err)
-	}
+	held := holdNow(h, a, "c")
 	if err := exportTo("n", "w2", false)(a); kind.Of(err) != kind.Unavailable {
 		t.Fatal(err)
 	}
-	a.mu.Lock()
-	h2 := a.holds["c"]
-	a.mu.Unlock()
-	a.endHold(h2, live)
-	<-h2.gone
+	held.Leave(false)
+	<-held.Gone()
 	if len(l.list()) != 3 {
 		t.Fatalf("%v", l.list())
 	}

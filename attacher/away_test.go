@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/thaw-project/thaw/attacher/hold"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/lvol"
 )
@@ -108,7 +109,7 @@ func TestStoreAwayAtEveryCall(t *testing.T) {
 	for _, o := range all {
 		t.Run(o.name, func(t *testing.T) {
 			t.Parallel() // most of the time it waits for a sweep
-			prepare := func() (*host, *flight, *Attacher) {
+			prepare := func() (*host, *flight, *Attacher, *hold.Hold) {
 				h, _ := exporting(t)
 				if o.before != nil {
 					h.crash("", 0, o.before)
@@ -119,10 +120,9 @@ func TestStoreAwayAtEveryCall(t *testing.T) {
 					return f
 				}
 				a := h.start(time.Hour)
-				holdNow(h, a, "c")
-				return h, f, a
+				return h, f, a, holdNow(h, a, "c")
 			}
-			h, f, a := prepare()
+			h, f, a, _ := prepare()
 			f.arm(1<<30, false)
 			if err := o.crash(a); err != nil {
 				t.Fatal(err)
@@ -135,7 +135,7 @@ func TestStoreAwayAtEveryCall(t *testing.T) {
 			for n := range calls {
 				for _, late := range []bool{false, true} {
 					where := fmt.Sprintf("away in call %d of %d, late %t", n+1, calls, late)
-					h, f, a := prepare()
+					h, f, a, _ := prepare()
 					f.arm(n, late)
 					err := o.crash(a)
 					if _, away := f.back(); !away {
@@ -158,14 +158,11 @@ func TestStoreAwayAtEveryCall(t *testing.T) {
 					})
 					a.Close()
 
-					h, f, a = prepare()
+					h, f, a, held := prepare()
 					f.arm(n, late)
-					_ = o.crash(a) // it was looked at above
-					a.mu.Lock()
-					c := a.holds["c"]
-					a.mu.Unlock()
-					a.endHold(c, live) // while it is away
-					<-c.gone
+					_ = o.crash(a)    // it was looked at above
+					held.Leave(false) // while it is away
+					<-held.Gone()
 					f.back()
 					left.Go(func() {
 						defer a.Close()

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/attacher/hold"
 	"github.com/thaw-project/thaw/kind"
 )
 
@@ -40,11 +41,11 @@ func TestConcurrent(t *testing.T) {
 		wg.Go(func() {
 			rng := rand.New(rand.NewPCG(seed, uint64(worker)))
 			owner := fmt.Sprintf("o%d", worker)
-			var held *hold
+			var held *hold.Hold
 			defer func() {
 				if held != nil {
-					a.endHold(held, live)
-					<-held.gone
+					held.Leave(false)
+					<-held.Gone()
 				}
 			}()
 			for range calls {
@@ -64,10 +65,10 @@ func TestConcurrent(t *testing.T) {
 					err = deleteRW(node, id)(a)
 				case 7:
 					if held == nil {
-						held, err = a.beginHold(background, owner)
+						held, err = a.holds.Begin(background, owner, "")
 					} else {
-						a.endHold(held, live)
-						<-held.gone
+						held.Leave(false)
+						<-held.Gone()
 						held = nil
 					}
 				case 8:

@@ -15,6 +15,7 @@ import (
 	"go.etcd.io/bbolt"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/attacher/hold"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/lvol"
 	"github.com/thaw-project/thaw/node/present"
@@ -78,11 +79,13 @@ func (h *host) startWith(o Options) *Attacher {
 }
 
 // holdNow makes owner's hold live without a stream, as one that never ends.
-func holdNow(h *host, a *Attacher, owner string) {
+func holdNow(h *host, a *Attacher, owner string) *hold.Hold {
 	h.Helper()
-	if _, err := a.beginHold(context.Background(), owner); err != nil {
+	held, err := a.holds.Begin(context.Background(), owner, "")
+	if err != nil {
 		h.Fatal(err)
 	}
+	return held
 }
 
 // crash runs call on an attacher of its own until it reaches the nth step named step,
@@ -107,6 +110,8 @@ func (h *host) crash(step string, nth int, call func(*Attacher) error) (steps []
 	}
 	a.end() // the goroutines of a killed process are dead, too
 	a.own.Wait()
+	a.holds.Stop()
+	a.holds.Wait()
 	a.db.Close()
 	return steps
 }
@@ -468,7 +473,7 @@ func TestGoldenVersion1(t *testing.T) {
 	if err != nil || !slices.Equal(i.GetBlocks(), []string{lowest, second, other}) || i.GetCreatedUnixNanos() != 1700000000e9 {
 		t.Fatalf("%v, %v", i, err)
 	}
-	if !a.alive("c") {
+	if !a.holds.Alive("c") {
 		t.Fatal("its owner is forgotten")
 	}
 	for bucket, key := range map[string]string{"exports": "w", "work": "w"} {
@@ -509,7 +514,7 @@ func TestGoldenVersion2(t *testing.T) {
 			}
 			ids[x.GetAttachmentId()] = true
 		}
-		if !a.alive("c") || a.attachedBy(soldier) != "m" {
+		if !a.holds.Alive("c") || a.attachedBy(soldier) != "m" {
 			t.Fatal("what it knew is forgotten")
 		}
 		a.Close()

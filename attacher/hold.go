@@ -9,7 +9,6 @@ import (
 	"maps"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -23,27 +22,6 @@ import (
 	"github.com/thaw-project/thaw/node/present"
 )
 
-// holdState is where a hold is in its life.
-type holdState int
-
-const (
-	// returning: known from before a restart; its owner may hold again.
-	returning holdState = iota
-	// live: a stream is open.
-	live
-	// ending: what it held is being removed.
-	ending
-)
-
-type hold struct {
-	owner string
-	state holdState      // guarded by Attacher.mu
-	node  string         // guarded by Attacher.mu: whose stream it is, "" for one of this machine
-	taken chan struct{}  // guarded by Attacher.mu: closed when another stream takes a live hold over; one for each stream
-	calls sync.WaitGroup // calls that create for the owner; Add under Attacher.mu while live
-	gone  chan struct{}  // closed when an ending hold has left Attacher.holds
-}
-
 // Hold implements attacherv1.AttacherServer.
 func (a *Attacher) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingServer[attacherv1.HoldResponse]) error {
 	if err := checkName("owner", r.GetOwner()); err != nil {
@@ -56,164 +34,28 @@ func (a *Attacher) Hold(r *attacherv1.HoldRequest, stream grpc.ServerStreamingSe
 		return err
 	}
 	defer a.calls.Done()
-	ctx := stream.Context()
-	node, remote, err := caller(ctx, "")
-	if err != nil {
-		return err
-	}
-	h, taken, err := a.takeHold(ctx, r.GetOwner(), node)
-	if err != nil {
-		return err
-	}
-	err = stream.Send(&attacherv1.HoldResponse{})
-	if err == nil {
-		select {
-		case <-a.life.Done():
-		case <-taken:
-			return kind.Errorf(kind.InUse, "owner %s holds by a newer stream of node %s", r.GetOwner(), node)
-		case <-ctx.Done():
-		}
-	}
-	select {
-	case <-a.life.Done():
-		// Its owner holds again at the next attacher, which knows it by its records.
-		return kind.Errorf(kind.Unavailable, "the attacher is stopping: hold again when it is back")
-	default:
-	}
-	if remote && rpc.Lost(ctx) {
-		a.missHold(h, taken)
-		return err
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if h.state == live && h.taken == taken {
-		a.endHoldLocked(h)
-	}
-	return err
+	return a.holds.Serve(r.GetOwner(), stream)
 }
 
-// beginHold makes owner's hold live, once an earlier one has ended.
-func (a *Attacher) beginHold(ctx context.Context, owner string) (*hold, error) {
-	h, _, err := a.takeHold(ctx, owner, "")
-	return h, err
-}
-
-// takeHold makes owner's hold live for a stream of node, once an earlier one has ended, and
-// returns what tells that stream that another of the same node has it now: a node that comes
-// back from an interruption may be earlier than the news of its old connection's end.
-func (a *Attacher) takeHold(ctx context.Context, owner, node string) (*hold, chan struct{}, error) {
-	for {
-		a.mu.Lock()
-		h := a.holds[owner]
-		if h == nil {
-			h = &hold{owner: owner, state: returning, gone: make(chan struct{})}
-			a.holds[owner] = h
-		}
-		if h.state == live && node != "" && h.node == node {
-			close(h.taken)
-			h.state = returning
-		}
-		switch h.state {
-		case returning:
-			taken := make(chan struct{})
-			h.state, h.node, h.taken = live, node, taken
-			a.mu.Unlock()
-			return h, taken, nil
-		case live:
-			a.mu.Unlock()
-			return nil, nil, kind.Errorf(kind.InUse, "owner %s holds already: owners must be unique", owner)
-		}
-		a.mu.Unlock()
-		select {
-		case <-h.gone:
-		case <-ctx.Done():
-			return nil, nil, fmt.Errorf("wait for the end of owner %s's earlier hold: %w", owner, context.Cause(ctx))
-		}
+// endHeld removes what an owner held that is gone.
+func (a *Attacher) endHeld(ctx context.Context, owner string) {
+	ctx, cancel := context.WithTimeout(ctx, endWait)
+	defer cancel()
+	if err := a.removeHeld(ctx, owner); err != nil {
+		a.retryAfter(err)
+		a.o.Logger.Warn("cannot remove all that an ended hold left, will try again", "owner", owner, "error", err)
 	}
-}
-
-// missHold ends a hold whose stream's connection broke, unless its owner holds again within
-// the grace: on a network that need not be anybody's death.
-func (a *Attacher) missHold(h *hold, taken chan struct{}) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.closing || h.state != live || h.taken != taken {
-		return
-	}
-	h.state = returning
-	a.own.Go(func() {
-		grace := time.NewTimer(a.o.HoldGrace)
-		defer grace.Stop()
-		select {
-		case <-a.life.Done():
-			return
-		case <-grace.C:
-		}
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		if h.state == returning && h.taken == taken { // nobody has held since
-			a.o.Logger.Info("an owner whose connection broke did not come back, removing what it held", "owner", h.owner)
-			a.endHoldLocked(h)
-		}
-	})
-}
-
-// endHold removes what h holds, in a goroutine of the attacher.
-// It does nothing to a hold that is not in state from any more.
-func (a *Attacher) endHold(h *hold, from holdState) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if h.state == from {
-		a.endHoldLocked(h)
-	}
-}
-
-// endHoldLocked is endHold whatever the state. The caller has mu locked.
-func (a *Attacher) endHoldLocked(h *hold) {
-	if a.closing {
-		return
-	}
-	h.state = ending
-	a.own.Go(func() {
-		h.calls.Wait()
-		ctx, cancel := context.WithTimeout(a.life, endWait)
-		defer cancel()
-		if err := a.removeHeld(ctx, h.owner); err != nil {
-			a.retryAfter(err)
-			a.o.Logger.Warn("cannot remove all that an ended hold left, will try again", "owner", h.owner, "error", err)
-		}
-		a.mu.Lock()
-		delete(a.holds, h.owner)
-		a.mu.Unlock()
-		close(h.gone)
-	})
 }
 
 // use keeps owner's hold from ending until the returned function is called. The
 // empty owner needs no hold.
 func (a *Attacher) use(owner string) (done func(), err error) {
-	if owner == "" {
-		return func() {}, nil
+	if owner != "" {
+		if err := checkName("owner", owner); err != nil {
+			return nil, err
+		}
 	}
-	if err := checkName("owner", owner); err != nil {
-		return nil, err
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	h := a.holds[owner]
-	if h == nil || h.state != live {
-		return nil, kind.Errorf(kind.InUse, "owner %s holds nothing: open Hold and wait for its first message", owner)
-	}
-	h.calls.Add(1)
-	return h.calls.Done, nil
-}
-
-// alive tells whether owner may still want what it left.
-func (a *Attacher) alive(owner string) bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	h := a.holds[owner]
-	return h != nil && h.state != ending
+	return a.holds.Use(owner)
 }
 
 // recover takes up what the records say a predecessor left.
@@ -227,7 +69,7 @@ func (a *Attacher) recover() error {
 		return err
 	}
 	for owner := range owners {
-		a.holds[owner] = &hold{owner: owner, state: returning, gone: make(chan struct{})}
+		a.holds.Expect(owner)
 	}
 	if err := a.dropUnfinished(); err != nil {
 		return err
@@ -341,29 +183,6 @@ func (a *Attacher) dropUnfinished() error {
 	})
 }
 
-// endAbsent ends, after the grace, the holds whose owners did not come back.
-func (a *Attacher) endAbsent() {
-	grace := time.NewTimer(a.o.HoldGrace)
-	defer grace.Stop()
-	select {
-	case <-a.life.Done():
-		return
-	case <-grace.C:
-	}
-	a.mu.Lock()
-	var absent []*hold
-	for _, h := range a.holds {
-		if h.state == returning && h.taken == nil { // and has not held since the start
-			absent = append(absent, h)
-		}
-	}
-	a.mu.Unlock()
-	for _, h := range absent {
-		a.o.Logger.Info("an owner did not come back, removing what it held", "owner", h.owner)
-		a.endHold(h, returning)
-	}
-}
-
 // endForgotten tries again where the end of a hold could not remove everything.
 func (a *Attacher) endForgotten() {
 	owners, err := a.owners()
@@ -372,16 +191,7 @@ func (a *Attacher) endForgotten() {
 		return
 	}
 	for owner := range owners {
-		a.mu.Lock()
-		var h *hold
-		if a.holds[owner] == nil && !a.closing {
-			h = &hold{owner: owner, state: returning, gone: make(chan struct{})}
-			a.holds[owner] = h
-		}
-		a.mu.Unlock()
-		if h != nil {
-			a.endHold(h, returning)
-		}
+		a.holds.Forgotten(owner)
 	}
 }
 
@@ -547,7 +357,7 @@ func (a *Attacher) export(ctx context.Context, name, transport string, want expo
 		return nil, err
 	}
 	if ok && have.Owner != want.Owner {
-		if a.alive(have.Owner) {
+		if a.holds.Alive(have.Owner) {
 			return nil, kind.Errorf(kind.InUse, "it is exported to %s", have.Owner)
 		}
 		if err := a.withdraw(ctx, name, withdrawWait); err != nil {
@@ -740,11 +550,7 @@ func (a *Attacher) withdrawFrom(name string, r exportRecord) error {
 
 // heldError says who has an lvol that the caller wants.
 func (a *Attacher) heldError(name, owner string) error {
-	a.mu.Lock()
-	h := a.holds[owner]
-	gone := h != nil && h.state == returning
-	a.mu.Unlock()
-	if gone {
+	if a.holds.Returning(owner) {
 		return kind.Errorf(kind.InUse, "lvol %s was being written by %s, which may come back within %s", name, owner, a.o.HoldGrace)
 	}
 	return kind.Errorf(kind.InUse, "lvol %s is being written by %s", name, owner)

@@ -93,7 +93,7 @@ func (a *Attacher) vacate(ctx context.Context, name, owner string) error {
 	if err != nil || have == "" || have == owner {
 		return err
 	}
-	if a.alive(have) {
+	if a.holds.Alive(have) {
 		return kind.Wrap(kind.Exists, a.heldError(name, have))
 	}
 	if err := a.withdraw(ctx, name, withdrawWait); err != nil {

@@ -74,14 +74,14 @@ func (a *Attacher) Scratch(ctx context.Context, sizeBytes int64) (string, error)
 	} else if n >= MaxScratches {
 		return "", kind.Errorf(kind.NoSpace, "scratch of %d bytes: there are scratches of %d other sizes, which is the most: delete one, or use its size", sizeBytes, n)
 	}
-	h, err := a.beginHold(ctx, scratchOwner)
+	h, err := a.holds.Begin(ctx, scratchOwner, "")
 	if err != nil {
 		return "", err
 	}
 	err = a.makeScratch(ctx, name, sizeBytes)
-	a.endHold(h, live) // deletes the work lvol, and its export if that is left
+	h.Leave(false) // deletes the work lvol, and its export if that is left
 	select {
-	case <-h.gone:
+	case <-h.Gone():
 	case <-a.life.Done():
 	case <-ctx.Done():
 	}

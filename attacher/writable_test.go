@@ -111,9 +111,7 @@ func TestWritable(t *testing.T) {
 	}
 
 	// What a node writes is nobody else's, and what is below stays.
-	if _, err := a.beginHold(background, "c"); err != nil {
-		t.Fatal(err)
-	}
+	holdNow(h, a, "c")
 	refused(exportTo("m", rw, false), kind.InUse)
 	refused(exportTo("", rw, true), kind.InUse)
 	refused(remove2(rw), kind.InUse)

@@ -54,7 +54,7 @@ func (c *Card) AttachDisk(ctx context.Context, r *attacherv1.AttachDiskRequest) 
 	ctx, cancel := context.WithTimeout(ctx, attachMost)
 	defer cancel()
 	defer context.AfterFunc(c.life, cancel)()
-	held, err := c.use(want.Owner)
+	held, err := c.holds.Use(want.Owner)
 	if err != nil {
 		return nil, err
 	}

@@ -31,6 +31,7 @@ import (
 	"google.golang.org/grpc"
 
 	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
+	"github.com/thaw-project/thaw/attacher/hold"
 	"github.com/thaw-project/thaw/attacher/identity"
 	"github.com/thaw-project/thaw/failpoint"
 	"github.com/thaw-project/thaw/keylock"
@@ -158,8 +159,10 @@ type Card struct {
 	// order.
 	locks keylock.Set
 
+	// holds are the owners; never called with mu locked, but for Stop.
+	holds *hold.Set
+
 	mu       sync.Mutex
-	holds    map[string]*hold               // guarded by mu: by owner
 	users    map[string]map[string]struct{} // guarded by mu: NQNs by the remote controller that they need
 	mending  map[string]*mending            // guarded by mu: by remote controller
 	problems map[string]string              // guarded by mu: by NQN
@@ -201,16 +204,17 @@ func open(o Options, step func(string)) (*Card, error) {
 	}
 	c := &Card{
 		o: o, names: identity.Card{Host: o.Host}, db: db, bridge: newBridge(o.Bridge),
-		holds: make(map[string]*hold), users: make(map[string]map[string]struct{}), mending: make(map[string]*mending),
+		users: make(map[string]map[string]struct{}), mending: make(map[string]*mending),
 		paths: make(map[string][]string), queued: make(map[string]bool), problems: make(map[string]string), left: make(map[string]bool), wake: make(chan struct{}, 1), slots: make(chan struct{}, maxParallel), step: step,
 	}
 	c.metrics = newMetrics(c)
 	c.life, c.end = context.WithCancel(context.Background())
+	c.holds = hold.New(hold.Options{Server: "the card's attacher", Grace: o.HoldGrace, End: c.endHeld, Logger: o.Logger})
 	if err = c.takeUp(); err == nil && o.Registerer != nil {
 		err = o.Registerer.Register(c.metrics)
 	}
 	if err != nil {
-		c.end()
+		c.Stop()
 		return nil, errors.Join(fmt.Errorf("start card's attacher from %s: %w", o.DBPath, err), db.Close())
 	}
 	c.own.Go(c.endAbsent)
@@ -232,8 +236,8 @@ func (c *Card) takeUp() error {
 		if d.State == attaching {
 			c.left[d.nqn] = true
 		}
-		if d.Owner != "" && c.holds[d.Owner] == nil {
-			c.holds[d.Owner] = &hold{owner: d.Owner, state: returning, gone: make(chan struct{})}
+		if d.Owner != "" {
+			c.holds.Expect(d.Owner)
 		}
 	}
 	return nil
@@ -249,6 +253,7 @@ func (c *Card) Stop() {
 	if !c.closing {
 		c.closing = true
 		c.end()
+		c.holds.Stop()
 	}
 }
 
@@ -258,6 +263,7 @@ func (c *Card) Close() error {
 	c.Stop()
 	c.calls.Wait()
 	c.own.Wait()
+	c.holds.Wait()
 	if c.o.Registerer != nil {
 		c.o.Registerer.Unregister(c.metrics)
 	}

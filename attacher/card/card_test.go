@@ -385,21 +385,21 @@ func TestHold(t *testing.T) {
 	check(t, l.whole(b))
 	// A connection that broke is no death, but for whoever does not come back; one that is
 	// known to be broken late may have been replaced.
-	h, first, err := c.takeHold(t.Context(), "far", "host1")
+	first, err := c.holds.Begin(t.Context(), "far", "host1")
 	check(t, err)
 	a = attach(t, c.Client(), owned("a", "far"))
-	_, second, err := c.takeHold(t.Context(), "far", "host1")
+	second, err := c.holds.Begin(t.Context(), "far", "host1")
 	check(t, err)
-	<-first
-	c.leaveHold(h, first, false)
-	_, _, err = c.takeHold(t.Context(), "far", "host2")
+	<-first.Taken()
+	first.Leave(false)
+	_, err = c.holds.Begin(t.Context(), "far", "host2")
 	want(t, kind.InUse, err)
-	c.leaveHold(h, second, true)
-	_, third, err := c.takeHold(t.Context(), "far", "host1")
+	second.Leave(true)
+	third, err := c.holds.Begin(t.Context(), "far", "host1")
 	check(t, err)
 	time.Sleep(2 * l.o.HoldGrace)
 	check(t, l.whole(a))
-	c.leaveHold(h, third, true)
+	third.Leave(true)
 	eventually(t, func() error {
 		if strings.Contains(l.dump(true), a.SubsystemNqn) {
 			return errors.New("a disk outlives its hold")

@@ -1,6 +1,6 @@
-// Package rpc is how the attacher's contract travels: over a Unix socket, or over TCP
-// with both ends' certificates checked, within size limits, with the error kinds of
-// package kind intact.
+// Package rpc is how the attacher's contract travels: over a Unix socket, over TCP with
+// both ends' certificates checked, within size limits, or within a process, with the error
+// kinds of package kind intact.
 //
 // Both ends use it. It knows nothing of what an attacher does.
 package rpc

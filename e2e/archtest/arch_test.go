@@ -121,6 +121,8 @@ var rules = []rule{
 		why: "the attacher knows blocks and exports, not nodes or images"},
 	{from: "attacher/card", forbid: []string{"lvol", "qcow2", "target", "node", "image", "nvme", "nbd", "spdk", "opi", "daemon", "attacher/export", "attacher/backend"},
 		why: "a card's attacher speaks OPI to its bridge, and carries neither a store nor a target"},
+	{from: "attacher/hold", forbid: []string{"go.etcd.io/bbolt", "lvol", "qcow2", "target", "node", "image", "nvme", "nbd", "spdk", "opi", "daemon", "statedb"},
+		why: "who keeps holds knows owners, not what is held or where that is on record"},
 	{from: "attacher/backend/spdk", direct: true, forbid: []string{"spdk", "opi", "target/rpc", "target/nvmf", "attacher/export"},
 		why: "the backend knows the bridge's contract, not the bridge or the target"},
 	{from: "attacher/backend/rbd", direct: true, forbid: []string{"lvol/device", "qcow2", "node", "image", "nvme", "nbd", "spdk", "opi", "daemon", "target/nvmf", "attacher/export"},
