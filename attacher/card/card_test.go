@@ -442,18 +442,15 @@ func TestConcurrent(t *testing.T) {
 	l.strangers(s)
 	c := l.card().Client()
 	for range 2 {
-		disks := make([]*attacherv1.CardDisk, len(ids))
+		var answers [2][]*attacherv1.CardDisk
 		var wg sync.WaitGroup
-		for i, id := range ids {
-			for range 2 {
+		for twin := range answers {
+			answers[twin] = make([]*attacherv1.CardDisk, len(ids))
+			for i, id := range ids {
 				wg.Go(func() {
-					d, err := c.AttachDisk(context.Background(), fromStore(s, id))
-					if err != nil {
+					var err error
+					if answers[twin][i], err = c.AttachDisk(context.Background(), fromStore(s, id)); err != nil {
 						t.Error(err)
-						return
-					}
-					if i%2 == 0 || d != nil {
-						disks[i] = d
 					}
 				})
 			}
@@ -461,6 +458,13 @@ func TestConcurrent(t *testing.T) {
 		wg.Wait()
 		if t.Failed() {
 			return
+		}
+		disks := answers[0]
+		for i, d := range answers[1] {
+			d.Steps, disks[i].Steps = nil, nil // how long this call took
+			if !proto.Equal(disks[i], d) {
+				t.Errorf("who asked twice at once was told of %v and %v", disks[i], d)
+			}
 		}
 		for _, d := range disks {
 			check(t, l.whole(d))

@@ -85,6 +85,8 @@ func TestBrokenConnection(t *testing.T) {
 		e.want(t)
 		// It is back within the grace, and each interruption has a grace of its own.
 		second.Leave(true)
+		time.Sleep(grace / 2)
+		begin(t, s, "far", "host1").Leave(true)
 		time.Sleep(grace - 1)
 		if !s.Alive("far") || !s.Returning("far") {
 			t.Error("it may not come back any more")
