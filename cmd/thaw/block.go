@@ -58,27 +58,20 @@ func diskPlace(d present.Disk) string {
 }
 
 func blockList(where *place) *cobra.Command {
-	var out output
-	cmd := &cobra.Command{
-		Use: "list", Short: "List the blocks that are attached, and who uses them", Args: noArgs,
-		Example: "  thaw block list --json",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return where.callImages(cmd, func(s imagemgmt.Service) error {
-				list, err := s.List(cmd.Context())
-				if err != nil {
-					return err
+	return listing("List the blocks that are attached, and who uses them", "  thaw block list --json", func(cmd *cobra.Command, out *output) error {
+		return where.callImages(cmd, func(s imagemgmt.Service) error {
+			list, err := s.List(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return out.print(cmd.OutOrStdout(), append([]imagemgmt.Attachment{}, list...), func(w *tabwriter.Writer) {
+				row(w, "BLOCK", "TARGET", "SIZE", "DISK", "USERS")
+				for _, a := range list {
+					row(w, a.Block, dash(a.Disk.Source.Target), bytesText(a.Disk.SizeBytes), diskPlace(a.Disk), strings.Join(a.Users, " "))
 				}
-				return out.print(cmd.OutOrStdout(), append([]imagemgmt.Attachment{}, list...), func(w *tabwriter.Writer) {
-					row(w, "BLOCK", "TARGET", "SIZE", "DISK", "USERS")
-					for _, a := range list {
-						row(w, a.Block, dash(a.Disk.Source.Target), bytesText(a.Disk.SizeBytes), diskPlace(a.Disk), strings.Join(a.Users, " "))
-					}
-				})
 			})
-		},
-	}
-	out.register(cmd)
-	return cmd
+		})
+	})
 }
 
 func blockAttach(where *place) *cobra.Command {

@@ -76,22 +76,15 @@ func printDisks(cmd *cobra.Command, out *output, disks []*attacherv1.CardDisk) e
 }
 
 func cardDiskList(where *place) *cobra.Command {
-	var out output
-	cmd := &cobra.Command{
-		Use: "list", Short: "List the drives that the card shows", Args: noArgs,
-		Example: "  thaw card disk list --json",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return where.callCard(cmd, func(c attacherv1.CardClient) error {
-				r, err := c.ListDisks(cmd.Context(), &attacherv1.ListDisksRequest{})
-				if err != nil {
-					return err
-				}
-				return printDisks(cmd, &out, r.GetDisks())
-			})
-		},
-	}
-	out.register(cmd)
-	return cmd
+	return listing("List the drives that the card shows", "  thaw card disk list --json", func(cmd *cobra.Command, out *output) error {
+		return where.callCard(cmd, func(c attacherv1.CardClient) error {
+			r, err := c.ListDisks(cmd.Context(), &attacherv1.ListDisksRequest{})
+			if err != nil {
+				return err
+			}
+			return printDisks(cmd, out, r.GetDisks())
+		})
+	})
 }
 
 func cardDiskAttach(where *place) *cobra.Command {
@@ -162,25 +155,18 @@ attaches again.`,
 }
 
 func cardFunctionList(where *place) *cobra.Command {
-	var out output
-	cmd := &cobra.Command{
-		Use: "list", Short: "List the card's PCIe functions and what each shows", Args: noArgs,
-		Example: "  thaw card function list",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return where.callCard(cmd, func(c attacherv1.CardClient) error {
-				r, err := c.ListFunctions(cmd.Context(), &attacherv1.ListFunctionsRequest{})
-				if err != nil {
-					return err
+	return listing("List the card's PCIe functions and what each shows", "  thaw card function list", func(cmd *cobra.Command, out *output) error {
+		return where.callCard(cmd, func(c attacherv1.CardClient) error {
+			r, err := c.ListFunctions(cmd.Context(), &attacherv1.ListFunctionsRequest{})
+			if err != nil {
+				return err
+			}
+			return out.print(cmd.OutOrStdout(), r.GetFunctions(), func(w *tabwriter.Writer) {
+				row(w, "FUNCTION", "DISK", "PURPOSE", "FOREIGN")
+				for _, f := range r.GetFunctions() {
+					row(w, functionText(f.GetFunction()), dash(f.GetId()), purposeText(f.GetPurpose()), dash(f.GetForeignNqn()))
 				}
-				return out.print(cmd.OutOrStdout(), r.GetFunctions(), func(w *tabwriter.Writer) {
-					row(w, "FUNCTION", "DISK", "PURPOSE", "FOREIGN")
-					for _, f := range r.GetFunctions() {
-						row(w, functionText(f.GetFunction()), dash(f.GetId()), purposeText(f.GetPurpose()), dash(f.GetForeignNqn()))
-					}
-				})
 			})
-		},
-	}
-	out.register(cmd)
-	return cmd
+		})
+	})
 }

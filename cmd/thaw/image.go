@@ -140,32 +140,25 @@ func runConvert(cmd *cobra.Command, where *place, store *storeFlags, o convert.O
 }
 
 func imageList(where *place) *cobra.Command {
-	var out output
-	cmd := &cobra.Command{
-		Use: "list", Short: "List converted images", Args: noArgs,
-		Example: "  thaw image list --json",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return where.call(cmd, func(c attacherv1.AttacherClient) error {
-				r, err := c.ListImages(cmd.Context(), &attacherv1.ListImagesRequest{})
-				if err != nil {
-					return err
+	return listing("List converted images", "  thaw image list --json", func(cmd *cobra.Command, out *output) error {
+		return where.call(cmd, func(c attacherv1.AttacherClient) error {
+			r, err := c.ListImages(cmd.Context(), &attacherv1.ListImagesRequest{})
+			if err != nil {
+				return err
+			}
+			return out.print(cmd.OutOrStdout(), r.Images, func(w *tabwriter.Writer) {
+				row(w, "IMAGE", "PLATFORM", "MODE", "FILESYSTEM", "BLOCKS", "CREATED")
+				for _, i := range r.Images {
+					row(w, i.Reference, i.Platform, i.Mode, i.Filesystem, len(i.Blocks), ageText(i.CreatedUnixNanos))
 				}
-				return out.print(cmd.OutOrStdout(), r.Images, func(w *tabwriter.Writer) {
-					row(w, "IMAGE", "PLATFORM", "MODE", "FILESYSTEM", "BLOCKS", "CREATED")
-					for _, i := range r.Images {
-						row(w, i.Reference, i.Platform, i.Mode, i.Filesystem, len(i.Blocks), ageText(i.CreatedUnixNanos))
-					}
-					// What else fills the pool; of no importance when it cannot be told.
-					p, err := c.PruneBlocks(cmd.Context(), &attacherv1.PruneBlocksRequest{DryRun: true})
-					if err == nil && len(p.Blocks) > 0 {
-						fmt.Fprintf(w, "and %s: 'thaw image prune' deletes them\n", count(len(p.Blocks), "block of no image", "blocks of no image"))
-					}
-				})
+				// What else fills the pool; of no importance when it cannot be told.
+				p, err := c.PruneBlocks(cmd.Context(), &attacherv1.PruneBlocksRequest{DryRun: true})
+				if err == nil && len(p.Blocks) > 0 {
+					fmt.Fprintf(w, "and %s: 'thaw image prune' deletes them\n", count(len(p.Blocks), "block of no image", "blocks of no image"))
+				}
 			})
-		},
-	}
-	out.register(cmd)
-	return cmd
+		})
+	})
 }
 
 func imageInspect(where *place) *cobra.Command {

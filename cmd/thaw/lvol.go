@@ -76,22 +76,15 @@ func lvolVerb(where *place, use, short, example string, args int, run func(*cobr
 }
 
 func lvolList(where *place) *cobra.Command {
-	var out output
-	cmd := &cobra.Command{
-		Use: "list", Short: "List logical volumes with the clusters they own", Args: noArgs,
-		Example: "  thaw lvol list --json",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return where.call(cmd, func(c attacherv1.AttacherClient) error {
-				r, err := c.ListLvols(cmd.Context(), &attacherv1.ListLvolsRequest{})
-				if err != nil {
-					return err
-				}
-				return printLvols(cmd, &out, r.Lvols)
-			})
-		},
-	}
-	out.register(cmd)
-	return cmd
+	return listing("List logical volumes with the clusters they own", "  thaw lvol list --json", func(cmd *cobra.Command, out *output) error {
+		return where.call(cmd, func(c attacherv1.AttacherClient) error {
+			r, err := c.ListLvols(cmd.Context(), &attacherv1.ListLvolsRequest{})
+			if err != nil {
+				return err
+			}
+			return printLvols(cmd, out, r.Lvols)
+		})
+	})
 }
 
 func lvolShow(where *place) *cobra.Command {

@@ -23,6 +23,18 @@ func (o *output) register(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&o.json, "json", false, "print JSON")
 }
 
+// listing is a command "list" of no arguments, whose run prints to out.
+func listing(short, example string, run func(cmd *cobra.Command, out *output) error) *cobra.Command {
+	var out output
+	cmd := &cobra.Command{
+		Use: "list", Short: short, Args: noArgs,
+		Example: example,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return run(cmd, &out) },
+	}
+	out.register(cmd)
+	return cmd
+}
+
 func (o *output) print(w io.Writer, data any, table func(*tabwriter.Writer)) error {
 	if o.json {
 		enc := json.NewEncoder(w)

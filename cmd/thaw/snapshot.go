@@ -64,42 +64,35 @@ type snapshotInfo struct {
 }
 
 func snapshotList(where *place) *cobra.Command {
-	var out output
-	cmd := &cobra.Command{
-		Use: "list", Short: "List containerd snapshots and the blocks behind them", Args: noArgs,
-		Example: "  thaw snapshot list --json",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return where.withSnapshotter(cmd, func(ctx context.Context, s snapshots.Snapshotter) error {
-				list := []snapshotInfo{}
-				err := s.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
-					list = append(list, snapshotInfo{
-						Name: i.Name, Kind: strings.ToLower(i.Kind.String()), Parent: i.Parent, Labels: i.Labels,
-						Block: i.Labels[annotation.Block], Mode: i.Labels[annotation.Mode], Created: i.Created.UnixNano(),
-					})
-					return nil
+	return listing("List containerd snapshots and the blocks behind them", "  thaw snapshot list --json", func(cmd *cobra.Command, out *output) error {
+		return where.withSnapshotter(cmd, func(ctx context.Context, s snapshots.Snapshotter) error {
+			list := []snapshotInfo{}
+			err := s.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+				list = append(list, snapshotInfo{
+					Name: i.Name, Kind: strings.ToLower(i.Kind.String()), Parent: i.Parent, Labels: i.Labels,
+					Block: i.Labels[annotation.Block], Mode: i.Labels[annotation.Mode], Created: i.Created.UnixNano(),
 				})
-				if err != nil {
-					return err
-				}
-				for i := range list {
-					u, err := s.Usage(ctx, list[i].Name)
-					if err != nil {
-						continue // removed since
-					}
-					list[i].SizeBytes, list[i].Inodes = u.Size, u.Inodes
-				}
-				sort.Slice(list, func(a, b int) bool { return list[a].Created < list[b].Created })
-				return out.print(cmd.OutOrStdout(), list, func(w *tabwriter.Writer) {
-					row(w, "NAME", "KIND", "SIZE", "MODE", "BLOCK", "CREATED")
-					for _, i := range list {
-						row(w, i.Name, i.Kind, bytesText(i.SizeBytes), dash(i.Mode), dash(i.Block), ageText(i.Created))
-					}
-				})
+				return nil
 			})
-		},
-	}
-	out.register(cmd)
-	return cmd
+			if err != nil {
+				return err
+			}
+			for i := range list {
+				u, err := s.Usage(ctx, list[i].Name)
+				if err != nil {
+					continue // removed since
+				}
+				list[i].SizeBytes, list[i].Inodes = u.Size, u.Inodes
+			}
+			sort.Slice(list, func(a, b int) bool { return list[a].Created < list[b].Created })
+			return out.print(cmd.OutOrStdout(), list, func(w *tabwriter.Writer) {
+				row(w, "NAME", "KIND", "SIZE", "MODE", "BLOCK", "CREATED")
+				for _, i := range list {
+					row(w, i.Name, i.Kind, bytesText(i.SizeBytes), dash(i.Mode), dash(i.Block), ageText(i.Created))
+				}
+			})
+		})
+	})
 }
 
 func snapshotMounts(where *place) *cobra.Command {
