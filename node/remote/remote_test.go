@@ -276,11 +276,23 @@ func TestBlockMadeAgain(t *testing.T) {
 	must(t, err)
 
 	ctx := context.Background()
-	_, err = s.attacher.DetachBlock(ctx, &attacherv1.DetachBlockRequest{Block: block, Node: "node-1"})
-	must(t, err)
-	_, err = s.attacher.DeleteImage(ctx, &attacherv1.DeleteImageRequest{Reference: "registry/image:1"})
-	must(t, err)
-	must(t, s.lvols.Delete(block)) // made by hand, so not the attacher's to delete
+	// The node attaches again at once what is taken from it, and may be faster than who deletes.
+	deleted := false
+	eventually(t, "the block goes", func() bool {
+		_, err := s.attacher.DetachBlock(ctx, &attacherv1.DetachBlockRequest{Block: block, Node: "node-1"})
+		must(t, err)
+		if !deleted {
+			_, err = s.attacher.DeleteImage(ctx, &attacherv1.DeleteImageRequest{Reference: "registry/image:1"})
+			deleted = err == nil
+		}
+		if deleted {
+			err = s.lvols.Delete(block) // made by hand, so not the attacher's to delete
+		}
+		if err != nil {
+			wantKind(t, err, kind.InUse)
+		}
+		return err == nil
+	})
 	must(t, s.lvols.Delete(strings.Replace(block, "soldier", "global", 1)))
 	s.image(1)
 
