@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"strconv"
+	"strings"
 
 	opiv1 "github.com/opiproject/opi-api/storage/v1alpha1/gen/go"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -82,7 +83,11 @@ func (b *Bridge) Refusals(ctx context.Context, req any, info *grpc.UnaryServerIn
 	if err == nil {
 		return resp, nil
 	}
-	b.log.Warn("request failed", "method", info.FullMethod, "err", err)
+	level := slog.LevelWarn
+	if errors.Is(err, kind.NotFound) && strings.Contains(info.FullMethod, "/Get") { // who looks for what is not there does nothing wrong
+		level = slog.LevelDebug
+	}
+	b.log.Log(ctx, level, "request failed", "method", info.FullMethod, "err", err)
 	var none *noStore
 	if errors.As(err, &none) {
 		s, derr := status.New(codes.NotFound, err.Error()).WithDetails(&errdetails.ResourceInfo{ResourceType: lvolStores, ResourceName: join(lvolStores, none.name)})

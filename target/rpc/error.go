@@ -3,7 +3,11 @@ package rpc
 import (
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"syscall"
+
+	"github.com/thaw-project/thaw/kind"
 )
 
 // The codes of JSON-RPC 2.0 (section 5.1). SPDK answers them with the texts below, and
@@ -58,6 +62,15 @@ func asError(err error) *Error {
 		return e
 	}
 	return Internal("", err)
+}
+
+// failureLevel is how loud a failure is: a client that looks for what is not there does
+// nothing wrong.
+func failureLevel(method string, e *Error) slog.Level {
+	if strings.Contains(method, "_get_") && errors.Is(e, kind.NotFound) {
+		return slog.LevelDebug
+	}
+	return slog.LevelWarn
 }
 
 // strerror has the texts of glibc for what the methods answer: Go's differ in case, and

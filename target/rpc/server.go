@@ -362,7 +362,7 @@ func (c *conn) single(raw json.RawMessage) []byte {
 	if err != nil {
 		e := asError(err)
 		code = e.Code
-		c.s.o.Log.Warn("request failed", "method", r.method, "code", e.Code, "err", err)
+		c.s.o.Log.Log(context.Background(), failureLevel(r.method, e), "request failed", "method", r.method, "code", e.Code, "err", err)
 		answer = reply(r.id, nil, e)
 	}
 	c.s.o.Called(r.method, code, time.Since(start))
