@@ -76,6 +76,7 @@ type Options struct {
 type Manager struct {
 	o     Options
 	db    *statedb.DB
+	files bool          // layers are files of this host
 	keys  keylock.Set   // "block \0 user" and disk ids: one call at a time for each
 	slots chan struct{} // maxPresents
 
@@ -103,11 +104,13 @@ var _ Service = (*Manager)(nil)
 
 // entry is a block that is shown, or that somebody is busy with.
 type entry struct {
-	block Block
-	users map[string]struct{} // guarded by Manager.mu
-	busy  int                 // guarded by Manager.mu: calls that need the entry to stay
-	gate  chan struct{}       // capacity 1: whoever fills it shows or hides the disk
-	shown bool                // guarded by Manager.mu; changed only inside the gate
+	block Block // changed only while nobody has it pinned
+	// guessed means that block's target is not known: a presenter need not know it.
+	guessed bool
+	users   map[string]struct{} // guarded by Manager.mu
+	busy    int                 // guarded by Manager.mu: calls that need the entry to stay
+	gate    chan struct{}       // capacity 1: whoever fills it shows or hides the disk
+	shown   bool                // guarded by Manager.mu; changed only inside the gate
 	// doubt means that a disk may be there although shown says no, or that one with no user
 	// could not be taken away: who presents it was not reached.
 	doubt bool         // guarded by Manager.mu; changed only inside the gate
@@ -130,7 +133,8 @@ func New(o Options) (*Manager, error) {
 	if o.Presenter == nil || o.Lookup == nil || o.DBPath == "" {
 		return nil, kind.Errorf(kind.Invalid, "image-mgmt needs a presenter, a lookup and a database path")
 	}
-	if o.Layers == nil {
+	files := o.Layers == nil
+	if files {
 		o.Layers = fileLayers{o.Lookup, o.Open}
 	}
 	if o.Logger == nil {
@@ -144,7 +148,7 @@ func New(o Options) (*Manager, error) {
 		return nil, err
 	}
 	m := &Manager{
-		o: o, db: db, slots: make(chan struct{}, maxPresents),
+		o: o, db: db, files: files, slots: make(chan struct{}, maxPresents),
 		prefetches: make(chan struct{}, maxPrefetches), reads: make(chan struct{}, prefetchReads),
 		blocks: make(map[string]*entry), writers: make(map[string]*writer), doubts: make(chan struct{}, 1),
 		step: func(name string) { failpoint.Reach("imagemgmt." + name) },
@@ -193,8 +197,7 @@ func (m *Manager) tend(ctx context.Context) {
 		doubtful := make(map[string]*entry)
 		m.mu.Lock()
 		for name, e := range m.blocks {
-			if e.doubt && e.busy == 0 {
-				e.busy++
+			if e.doubt {
 				doubtful[name] = e
 			}
 		}
@@ -202,9 +205,22 @@ func (m *Manager) tend(ctx context.Context) {
 		pause = min(2*pause, tendMost)
 		failed := false
 		for name, e := range doubtful {
+			if ctx.Err() != nil {
+				return // who looks next is the next start
+			}
+			m.mu.Lock()
+			still := m.blocks[name] == e && e.doubt && e.busy == 0 // else whoever has it looks
+			if still {
+				e.busy++
+			}
+			m.mu.Unlock()
+			if !still {
+				continue
+			}
 			if err := m.unpin(ctx, name, e); err != nil {
 				m.o.Logger.Warn("a disk that nobody uses stays", "disk", name, "again", pause, "error", err)
 				failed = true
+				m.lookAgain()
 			}
 		}
 		if !failed {
@@ -216,6 +232,10 @@ func (m *Manager) tend(ctx context.Context) {
 // doubtLocked has tend look; the caller holds m.mu.
 func (m *Manager) doubtLocked(e *entry) {
 	e.doubt = true
+	m.lookAgain()
+}
+
+func (m *Manager) lookAgain() {
 	select {
 	case m.doubts <- struct{}{}:
 	default:
@@ -261,9 +281,14 @@ func (m *Manager) reconcile(ctx context.Context) error {
 		}
 	}
 	for id, w := range writers {
+		if !m.files {
+			w.Path = "" // of records from before it was ignored
+		}
 		m.writers[id] = &writer{writerRecord: w}
 	}
-	shown, err := m.o.Presenter.List(ctx)
+	lctx, cancel := context.WithTimeout(ctx, startWait)
+	shown, err := m.o.Presenter.List(lctx)
+	cancel()
 	if err != nil {
 		return fmt.Errorf("list presented disks: %w", err)
 	}
@@ -274,11 +299,14 @@ func (m *Manager) reconcile(ctx context.Context) error {
 			continue
 		}
 		g.Go(func() error {
+			ctx, cancel := context.WithTimeout(ctx, startWait)
+			defer cancel()
 			// Whoever had it died between letting go and taking it away.
 			if err := m.o.Presenter.Withdraw(ctx, d.ID); err != nil {
 				m.o.Logger.Warn("a disk that nobody uses stays", "disk", d.ID, "error", err)
 				if d.Source.Kind == present.SourceLvol { // for the next Detach to try again
 					e := newEntry(Block{d.Source.Target, d.Source.Lvol})
+					e.guessed = e.block.Target == ""
 					m.mu.Lock()
 					m.blocks[d.ID] = e
 					if errors.Is(err, kind.InUse) {
@@ -337,6 +365,17 @@ func newEntry(block Block) *entry {
 
 func (b Block) source() present.Source {
 	return present.Source{Kind: present.SourceLvol, Lvol: b.Name, Target: b.Target}
+}
+
+// ownLayer is own for a layer's block, and drops a path that means nothing here.
+func (m *Manager) ownLayer(l Layer) (Layer, error) {
+	l.Block = m.own(l.Block)
+	if !m.files {
+		l.Path = ""
+	} else if err := checkPath(l.Path); err != nil {
+		return l, err
+	}
+	return l, checkLayer(l)
 }
 
 // own gives this machine's own store its one name.
@@ -416,8 +455,24 @@ func (m *Manager) pin(block Block, user string) (e *entry, known bool) {
 	case e == nil:
 		e = newEntry(block)
 		m.blocks[block.Name] = e
-	case e.busy == 0 && len(e.users) == 0 && block.Target != "":
-		e.block = block // of one that was found shown, a presenter may not know the target
+	case e.busy == 0 && len(e.users) == 0 && (e.guessed || !e.shown):
+		// A disk that is shown reads from the target that it has: Uses must not forget that.
+		if e.block != block {
+			m.released(e.block)
+		}
+		e.block, e.guessed = block, false
+	}
+	e.busy++
+	_, known = e.users[user]
+	return e, known
+}
+
+// pinThere is pin for a block whose entry there is; else e is nil.
+func (m *Manager) pinThere(block, user string) (e *entry, known bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if e = m.blocks[block]; e == nil {
+		return nil, false
 	}
 	e.busy++
 	_, known = e.users[user]
@@ -610,13 +665,11 @@ func (m *Manager) Detach(ctx context.Context, block, user string) error {
 		return fmt.Errorf("detach block %s: %w", block, err)
 	}
 	defer unlock()
-	m.mu.Lock()
-	there := m.blocks[block] != nil
-	m.mu.Unlock()
-	if !there {
+	// An entry of its own would have no target, for those to attach who come meanwhile.
+	e, known := m.pinThere(block, user)
+	if e == nil {
 		return nil
 	}
-	e, known := m.pin(Block{Name: block}, user)
 	if known {
 		if err = m.dropReader(block, user); err == nil {
 			m.mu.Lock()

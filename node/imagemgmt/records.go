@@ -3,7 +3,6 @@ package imagemgmt
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"path/filepath"
 	"strings"
 
@@ -87,7 +86,7 @@ func decodeReader(key, value []byte) (block Block, user string, err error) {
 
 func decodeWriter(key, value []byte) (id string, w writerRecord, err error) {
 	if checkName("disk", string(key)) != nil || strictJSON(value, &w) != nil ||
-		checkBlock(w.block()) != nil || checkPath(w.Path) != nil {
+		checkBlock(w.block()) != nil || w.Path != "" && checkPath(w.Path) != nil {
 		return "", writerRecord{}, kind.Errorf(kind.Corrupt, "record %.80q of a writable disk is damaged", key)
 	}
 	return string(key), w, nil
@@ -200,7 +199,12 @@ func checkLayer(l Layer) error {
 	if l.SizeBytes < 0 || l.SizeBytes%512 != 0 {
 		return kind.Errorf(kind.Invalid, "writable layer of %d bytes: must be a multiple of 512", l.SizeBytes)
 	}
-	return errors.Join(checkBlock(l.Block), checkPath(l.Path))
+	if l.Path != "" { // else layers are no files
+		if err := checkPath(l.Path); err != nil {
+			return err
+		}
+	}
+	return checkBlock(l.Block)
 }
 
 // checkBlock holds a target's name to what configurations and annotations allow, and

@@ -23,8 +23,8 @@ func (w *writer) diskLocked(id string) present.Disk {
 // AttachWritable implements Service. id must not be the name of a block or of
 // another disk.
 func (m *Manager) AttachWritable(ctx context.Context, l Layer, id string) (present.Disk, error) {
-	l.Block = m.own(l.Block)
-	if err := errors.Join(checkLayer(l), checkName("disk", id)); err != nil {
+	l, err := m.ownLayer(l)
+	if err := errors.Join(err, checkName("disk", id)); err != nil {
 		return present.Disk{}, kind.Wrap(kind.Invalid, err)
 	}
 	if l.Block.Name == id {
@@ -214,8 +214,8 @@ func (m *Manager) detachWritable(ctx context.Context, block, id string) error {
 
 // DeleteWritable implements Service.
 func (m *Manager) DeleteWritable(ctx context.Context, l Layer, id string) error {
-	l.Block = m.own(l.Block)
-	if err := errors.Join(checkLayer(l), checkName("disk", id)); err != nil {
+	l, err := m.ownLayer(l)
+	if err := errors.Join(err, checkName("disk", id)); err != nil {
 		return kind.Wrap(kind.Invalid, err)
 	}
 	if err := m.enter(); err != nil {
@@ -263,8 +263,8 @@ func (m *Manager) deleteWritable(ctx context.Context, l Layer, id string) error 
 
 // StatWritable implements Service.
 func (m *Manager) StatWritable(ctx context.Context, l Layer, id string) (Writable, error) {
-	l.Block = m.own(l.Block)
-	if err := errors.Join(checkLayer(l), checkName("disk", id)); err != nil {
+	l, err := m.ownLayer(l)
+	if err := errors.Join(err, checkName("disk", id)); err != nil {
 		return Writable{}, kind.Wrap(kind.Invalid, err)
 	}
 	if err := m.enter(); err != nil {
@@ -277,7 +277,6 @@ func (m *Manager) StatWritable(ctx context.Context, l Layer, id string) (Writabl
 		out.Disk = w.disk
 	}
 	m.mu.Unlock()
-	var err error
 	if out.AllocatedBytes, out.Files, err = m.o.Layers.Usage(ctx, id, l); err != nil {
 		return Writable{}, fmt.Errorf("writable layer %s: %w", id, err)
 	}
