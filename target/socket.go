@@ -31,8 +31,9 @@ const (
 	// socketPatience is how long connections may finish what they serve when their
 	// export ends.
 	socketPatience = 10 * time.Second
-	// maxSocketPath is what the kernel takes (sun_path, with its zero byte).
-	maxSocketPath = 107
+	// maxSocketPath is what the kernel takes (sun_path, with its zero byte), less what
+	// nbd.ListenUnix appends while the socket is made.
+	maxSocketPath = 107 - len(".4194304")
 )
 
 // socketExport is a bdev that is served on a socket.

@@ -71,6 +71,21 @@ func TestSocketExport(t *testing.T) {
 	l.fails(-22, "thaw_nbd_export", export, "big", "relative")
 	l.fails(-22, "thaw_nbd_export", export, "big", dir+"/../x")
 	l.fails(-22, "thaw_nbd_export", export, "big", "/"+strings.Repeat("x", 107))
+	longest := filepath.Join(dir, strings.Repeat("x", 98-len(dir)))
+	l.fails(-22, "thaw_nbd_export", export, "big", longest+"x")
+	l.call("thaw_nbd_export", export, "big", longest)
+	l.call("thaw_nbd_unexport", `{"socket":%q}`, longest)
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, []byte("somebody's"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l.fails(-17, "thaw_nbd_export", export, "big", file)
+	if raw, err := os.ReadFile(file); string(raw) != "somebody's" {
+		t.Errorf("what was there is %q, %v", raw, err)
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
 	l.fails(-2, "thaw_nbd_export", export, "big", dir+"/nosuch/x")
 	l.fails(-98, "thaw_nbd_export", export, "big", l.socket) // somebody else answers there
 	l.fails(-1, "thaw_nbd_export", export, "lvs/a", snap)    // another writer

@@ -321,7 +321,10 @@ func (s *Server) ListenUnix(path string) error {
 		c.Close()
 		return kind.Errorf(kind.InUse, "listen for NBD on %s: another process does", path)
 	}
-	if st, err := os.Lstat(path); err == nil && st.Mode()&os.ModeSocket != 0 {
+	if st, err := os.Lstat(path); err == nil {
+		if st.Mode()&os.ModeSocket == 0 {
+			return kind.Errorf(kind.Exists, "listen for NBD on %s: what is there is no socket", path)
+		}
 		if err := os.Remove(path); err != nil {
 			return fmt.Errorf("listen for NBD: remove old socket: %w", err)
 		}
