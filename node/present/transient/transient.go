@@ -186,6 +186,9 @@ func (c *Client) call(ctx context.Context, r request) (string, error) {
 	if err := c.conn.SetDeadline(time.Now().Add(wait + endWait)); err != nil {
 		return "", kind.Wrap(kind.Unavailable, err)
 	}
+	// It does not hear of a caller who gives up before.
+	stop := context.AfterFunc(ctx, func() { _ = c.conn.SetDeadline(time.Now().Add(endWait)) })
+	defer stop()
 	raw, err := json.Marshal(r)
 	if err != nil {
 		return "", err
