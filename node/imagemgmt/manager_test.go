@@ -1137,3 +1137,25 @@ func TestOwnTarget(t *testing.T) {
 	must(t, m.Detach(ctx, b, "u"))
 	must(t, m.Detach(ctx, b, "v"))
 }
+
+// TestLeftoverKeepsItsTarget: what a disk that nobody uses reads from is in use while it is
+// shown, whoever comes to share it.
+func TestLeftoverKeepsItsTarget(t *testing.T) {
+	l := newLab(t)
+	m, b := l.start(), l.block(1)
+	far, other := imagemgmt.Block{Target: "rack-7", Name: b}, imagemgmt.Block{Target: "rack-8", Name: b}
+	_, err := m.Attach(ctx, far, "u")
+	must(t, err)
+	l.presenter.SetBusy(b, true)
+	wantKind(t, m.Detach(ctx, b, "u"), kind.InUse)
+	d, err := m.Attach(ctx, other, "v")
+	must(t, err)
+	if d.Source.Target != far.Target || !m.Uses(far) || m.Uses(other) {
+		t.Fatalf("%+v is shown, its target in use: %v, the other: %v", d.Source, m.Uses(far), m.Uses(other))
+	}
+	l.presenter.SetBusy(b, false)
+	must(t, m.Detach(ctx, b, "v"))
+	if m.Uses(far) {
+		t.Fatal("it is still in use")
+	}
+}
