@@ -226,6 +226,11 @@ func (t *target) sweep(ctx context.Context, inUse func(block string) bool) error
 		for block, again := range blocks {
 			if err := t.settle(ctx, block, have[block], again, inUse); err != nil {
 				errs = append(errs, err)
+				if again && !dirty {
+					t.mu.Lock()
+					t.doubts[block] = true
+					t.mu.Unlock()
+				}
 			}
 		}
 		return errors.Join(errs...)
