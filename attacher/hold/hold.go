@@ -155,7 +155,8 @@ func (s *Set) Forgotten(owner string) {
 
 // Serve is the handler of a stream that holds owner: until the stream ends, another of the
 // same node has the hold (kind.InUse), or the set is stopped (kind.Unavailable). An owner
-// that holds already by another node's stream, or one of this machine, is kind.InUse.
+// that holds already by another node's stream, or one of this machine, is kind.InUse, also
+// while that node has the grace after an interruption.
 func (s *Set) Serve(owner string, stream grpc.ServerStreamingServer[attacherv1.HoldResponse]) error {
 	ctx := stream.Context()
 	node, remote, err := rpc.Node(ctx)
@@ -207,13 +208,17 @@ func (s *Set) Begin(ctx context.Context, owner, node string) (*Hold, error) {
 			close(w.taken)
 			w.state = returning
 		}
-		switch w.state {
-		case returning:
+		switch {
+		case w.state == returning && w.taken != nil && w.node != node: // the grace is that node's
+			err := kind.Errorf(kind.InUse, "owner %s was interrupted on node %s, which may come back within %s: owners must be unique", owner, w.node, s.o.Grace)
+			s.mu.Unlock()
+			return nil, err
+		case w.state == returning:
 			h := &Hold{s: s, w: w, taken: make(chan struct{})}
 			w.state, w.node, w.taken = live, node, h.taken
 			s.mu.Unlock()
 			return h, nil
-		case live:
+		case w.state == live:
 			s.mu.Unlock()
 			return nil, kind.Errorf(kind.InUse, "owner %s holds already: owners must be unique", owner)
 		}

@@ -97,6 +97,10 @@ func TestBrokenConnection(t *testing.T) {
 		time.Sleep(2 * grace)
 		e.want(t)
 		third.Leave(true)
+		for _, other := range []string{"host2", ""} { // the grace is host1's
+			_, err = s.Begin(t.Context(), "far", other)
+			wantKind(t, err, kind.InUse)
+		}
 		time.Sleep(grace - 1)
 		e.want(t)
 		time.Sleep(time.Nanosecond)
