@@ -6,17 +6,22 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 
 	"github.com/thaw-project/thaw/attacher/rpcerr"
 )
 
-// Local calls a handler in the same process. Request and answer are passed, not copied, and
+// local is ctx without the peer of a call that it may be from: who calls is this process.
+func local(ctx context.Context) context.Context { return peer.NewContext(ctx, &peer.Peer{}) }
+
+// Local calls a handler in the same process, which is who the handler takes for its caller,
+// also within a call of somebody else's. Request and answer are passed, not copied, and
 // errors are what a remote client would see.
 func Local[Req, Resp any](ctx context.Context, r *Req, handle func(context.Context, *Req) (*Resp, error)) (*Resp, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, rpcerr.FromStatus(rpcerr.ToStatus(err))
 	}
-	resp, err := handle(ctx, r)
+	resp, err := handle(local(ctx), r)
 	if err != nil {
 		return nil, rpcerr.FromStatus(rpcerr.ToStatus(err))
 	}
@@ -26,7 +31,7 @@ func Local[Req, Resp any](ctx context.Context, r *Req, handle func(context.Conte
 // LocalStream is Local for a handler that answers with a stream of Resp. It runs in a
 // goroutine, which must end with ctx; who serves waits for it.
 func LocalStream[Req, Resp any](ctx context.Context, r *Req, handle func(*Req, grpc.ServerStreamingServer[Resp]) error) grpc.ServerStreamingClient[Resp] {
-	s := &localStream[Resp]{ctx: ctx, messages: make(chan *Resp), done: make(chan struct{})}
+	s := &localStream[Resp]{ctx: local(ctx), messages: make(chan *Resp), done: make(chan struct{})}
 	go func() {
 		defer close(s.done)
 		s.err = rpcerr.FromStatus(rpcerr.ToStatus(handle(r, s)))
