@@ -210,7 +210,7 @@ func (b *bridge) volume(ctx context.Context, name string) (v volume, err error) 
 		var l *lvolv1.Lvol
 		l, err = call(ctx, b.lvol.GetLvol, &lvolv1.GetLvolRequest{Name: name})
 		v.source += " " + l.GetUuid()
-		v.sizeBytes, v.readOnly = l.GetSizeBytes(), l.GetSnapshot()
+		v.sizeBytes, v.readOnly = l.GetSizeBytes(), l.GetReadOnly() || l.GetSnapshot()
 	case "rbdVolumes":
 		var r *lvolv1.RbdVolume
 		r, err = call(ctx, b.lvol.GetRbdVolume, &lvolv1.GetRbdVolumeRequest{Name: name})

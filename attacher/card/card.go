@@ -313,8 +313,11 @@ func (c *Card) unneed(d *disk) (needed bool) {
 		return true
 	}
 	delete(c.users, d.controller)
-	if m := c.mending[d.controller]; m != nil && m.cancel != nil {
-		m.cancel()
+	if m := c.mending[d.controller]; m != nil {
+		if m.cancel != nil {
+			m.cancel()
+		}
+		delete(c.mending, d.controller)
 	}
 	return false
 }

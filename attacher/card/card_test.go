@@ -342,6 +342,15 @@ func TestVolume(t *testing.T) {
 		t.Error("two lvols have one identity")
 	}
 	check(t, l.whole(d))
+	// One that the target does not let anybody write, without being a snapshot.
+	detach(t, c.Client(), "x")
+	_, err = l.spdk.BdevLvolCreate(t.Context(), spdk.LvolCreateParams{StoreName: "lvs", Name: "fixed", SizeMiB: 8, ThinProvision: true})
+	check(t, err)
+	check(t, l.spdk.BdevLvolSetReadOnly(t.Context(), "lvs/fixed"))
+	on.Source = &attacherv1.AttachDiskRequest_Volume{Volume: "lvolStores/lvs/lvols/fixed"}
+	if z := attach(t, c.Client(), on); !z.ReadOnly {
+		t.Errorf("a read-only lvol is a disk to be written: %v", z)
+	}
 }
 
 // TestHold is disks that live as long as who wanted them.

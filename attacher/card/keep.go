@@ -370,6 +370,7 @@ func (c *Card) mend(controller string, w connection, have []string) {
 	m.cancel = cancel
 	c.own.Go(func() {
 		err := c.mendNow(ctx, controller, w, missing, stale, none)
+		unwanted := ctx.Err() != nil
 		cancel()
 		c.mu.Lock()
 		m.cancel = nil
@@ -384,7 +385,7 @@ func (c *Card) mend(controller string, w connection, have []string) {
 		if err == nil && none {
 			c.poke()
 		}
-		if err != nil && ctx.Err() == nil && first {
+		if err != nil && !unwanted && first {
 			c.o.Logger.Warn("a path to a store cannot be made yet", "subsystem", w.remote.Subsystem, "error", err)
 		}
 	})
