@@ -344,13 +344,17 @@ func (s *Sim) plug(ctx context.Context, m *monitor, p *part, function int, sub *
 			"driver": "nvme", "id": n, "serial": sub.SerialNumber, "drive": n, "bus": "rp" + strconv.Itoa(function),
 			"logical_block_size": bdev.BlockSizeBytes, "physical_block_size": max(bdev.BlockSizeBytes, 4096),
 		}, nil)
+		var e *qmpError
+		if errors.As(err, &e) {
+			err = kind.Wrap(kind.InUse, err)
+		}
 		if err != nil {
-			return kind.Wrap(kind.InUse, fmt.Errorf("plug function %d: %w", function, err))
+			return fmt.Errorf("plug function %d: %w", function, err)
 		}
 		failpoint.Reach("dpusim.plug: device added")
 	}
 	s.o.Log.Info("function plugged", "function", function, "subsystem", sub.NQN, "bdev", bdev.Name,
-		"export_took", exported.Sub(began), "block_node_took", opened.Sub(exported), "device_took", time.Since(opened))
+		"export_took", exported.Sub(began), "block_node_took", opened.Sub(exported), "device_took", time.Since(opened), "qemu_took", m.waited)
 	return nil
 }
 

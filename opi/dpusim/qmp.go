@@ -31,6 +31,7 @@ type monitor struct {
 	ids    uint64
 	events []event // since the last call of take
 	done   func() bool
+	waited time.Duration // for QEMU to answer, since dial
 }
 
 type event struct {
@@ -67,7 +68,9 @@ func dial(ctx context.Context, path string) (*monitor, error) {
 	err = conn.SetDeadline(deadline)
 	var hello struct{ QMP json.RawMessage }
 	if err == nil {
+		began := time.Now()
 		err = m.dec.Decode(&hello)
+		m.waited += time.Since(began)
 	}
 	if err == nil && hello.QMP == nil {
 		err = errors.New("it does not greet as a QMP server does")
@@ -102,6 +105,8 @@ func (m *monitor) do(command string, arguments, result any) error {
 	if err != nil {
 		return err
 	}
+	began := time.Now()
+	defer func() { m.waited += time.Since(began) }()
 	if _, err := m.conn.Write(append(request, '\n')); err != nil {
 		return kind.Wrap(kind.Unavailable, fmt.Errorf("QEMU's monitor: send %s: %w", command, err))
 	}
