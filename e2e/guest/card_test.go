@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -71,6 +72,26 @@ func rootPorts(qmp string) []string {
 		args = append(args, "-device", fmt.Sprintf("pcie-root-port,id=rp%d,chassis=%d,slot=%d", i, i+1, i))
 	}
 	return args
+}
+
+var qemuLine = regexp.MustCompile(`msg="function plugged".* qemu_took=(\S+)`)
+
+// qemuTook is how long a bridge waited for QEMU's answers when it last plugged a function.
+func qemuTook(t *testing.T, log string) time.Duration {
+	t.Helper()
+	raw, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := qemuLine.FindAllSubmatch(raw, -1)
+	if len(lines) == 0 {
+		t.Fatalf("the bridge has plugged nothing:\n%s", raw)
+	}
+	took, err := time.ParseDuration(string(lines[len(lines)-1][1]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return took
 }
 
 // newCard starts a card's target and bridge. Its functions work once a guest runs with
@@ -252,7 +273,10 @@ func TestCard(t *testing.T) {
 				t.Fatalf("the kernel shows no drive: %s", seen.Output())
 			}
 		}
-		t.Logf("from call to /dev/nvme1n1 %d ms: ours %d ms (%s), the emulated kernel %d ms", time.Since(began).Milliseconds(), called.Milliseconds(), steps, (time.Since(began) - called).Milliseconds())
+		all := time.Since(began)
+		emulator := qemuTook(t, c.bridge.log)
+		t.Logf("from call to /dev/nvme1n1 %d ms: ours %d ms, QEMU's monitor %d ms (our calls: %s), the emulated kernel %d ms",
+			all.Milliseconds(), (called - emulator).Milliseconds(), emulator.Milliseconds(), steps, (all - called).Milliseconds())
 		wantContent(t, d, find(t, d, "-writable"))
 	})
 	t.Run("written", func(t *testing.T) {
