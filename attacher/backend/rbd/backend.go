@@ -186,8 +186,12 @@ func (b *Backend) do(ctx context.Context, what string, timeout time.Duration, na
 	}
 	defer cancel()
 	fail := func(err error) error {
-		if k := kind.Of(err); k == "" {
+		switch {
+		case kind.Of(err) != "":
+		case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 			err = kind.Wrap(kind.Canceled, err)
+		default: // of librbd, as it came
+			return wrap(err, "%s", what)
 		}
 		return fmt.Errorf("%s: %w", what, err)
 	}
