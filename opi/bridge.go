@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"strconv"
 	"strings"
+	"sync"
 
 	opiv1 "github.com/opiproject/opi-api/storage/v1alpha1/gen/go"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -35,7 +36,8 @@ func (o *Options) Validate() error {
 	return nil
 }
 
-// Bridge serves OPI's storage API. It has no state and no goroutines.
+// Bridge serves OPI's storage API. It has no goroutines, and no state but what can be
+// asked for again.
 type Bridge struct {
 	opiv1.UnimplementedFrontendNvmeServiceServer
 	opiv1.UnimplementedNvmeRemoteControllerServiceServer
@@ -47,6 +49,9 @@ type Bridge struct {
 	spdk      *spdk.Client
 	functions Functions
 	log       *slog.Logger
+
+	mu       sync.Mutex
+	clusters map[string]uint64 // guarded by mu: cluster sizes by lvstore's UUID
 }
 
 // New returns a bridge to a target. It does not wait for the target: requests do.
@@ -60,7 +65,7 @@ func New(o Options) (*Bridge, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Bridge{spdk: o.Target, functions: o.Functions, log: o.Log}, nil
+	return &Bridge{spdk: o.Target, functions: o.Functions, log: o.Log, clusters: map[string]uint64{}}, nil
 }
 
 // Register makes a gRPC server serve the bridge. The server maps errors of package kind

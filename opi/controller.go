@@ -69,15 +69,7 @@ func placeOf(nqn string, spec *opiv1.NvmeControllerSpec) (*place, error) {
 	return nil, kind.Errorf(kind.Invalid, "a controller has a pcie_id or a fabrics_id")
 }
 
-// places reads the controllers of a subsystem.
-func (b *Bridge) places(ctx context.Context, nqn string) ([]*place, error) {
-	s, err := b.subsystem(ctx, nqn)
-	if err != nil {
-		return nil, err
-	}
-	return b.placesOf(ctx, s)
-}
-
+// placesOf reads the controllers of a subsystem.
 func (b *Bridge) placesOf(ctx context.Context, s *spdk.Subsystem) ([]*place, error) {
 	nqn := s.NQN
 	plugged, err := b.functions.Plugged(ctx, nqn)
@@ -95,7 +87,15 @@ func (b *Bridge) placesOf(ctx context.Context, s *spdk.Subsystem) ([]*place, err
 }
 
 func (b *Bridge) place(ctx context.Context, nqn, id string) (*place, error) {
-	list, err := b.places(ctx, nqn)
+	s, err := b.subsystem(ctx, nqn)
+	if err != nil {
+		return nil, err
+	}
+	return b.placeIn(ctx, s, id)
+}
+
+func (b *Bridge) placeIn(ctx context.Context, s *spdk.Subsystem, id string) (*place, error) {
+	list, err := b.placesOf(ctx, s)
 	if err != nil {
 		return nil, err
 	}
@@ -104,7 +104,7 @@ func (b *Bridge) place(ctx context.Context, nqn, id string) (*place, error) {
 			return p, nil
 		}
 	}
-	return nil, kind.Errorf(kind.NotFound, "subsystem %s has no controller %.100q", nqn, id)
+	return nil, kind.Errorf(kind.NotFound, "subsystem %s has no controller %.100q", s.NQN, id)
 }
 
 func (b *Bridge) placeNamed(ctx context.Context, name string) (*place, error) {
@@ -129,7 +129,8 @@ func (b *Bridge) CreateNvmeController(ctx context.Context, r *opiv1.CreateNvmeCo
 	if err := chosen(r.GetNvmeControllerId(), want.id(), "this controller"); err != nil {
 		return nil, err
 	}
-	if _, err := b.subsystem(ctx, nqn); err != nil { // which is not the same as a controller that is missing
+	s, err := b.subsystem(ctx, nqn)
+	if err != nil { // which is not the same as a controller that is missing
 		return nil, err
 	}
 	if want.function != nil { // also when it is plugged: what it shows may be there anew
@@ -137,7 +138,14 @@ func (b *Bridge) CreateNvmeController(ctx context.Context, r *opiv1.CreateNvmeCo
 			return nil, err
 		}
 	}
-	p, err := ensure(func() (*place, error) { return b.place(ctx, nqn, want.id()) }, func(*place) error { return nil }, func() error {
+	read := func() (*place, error) {
+		at := s
+		if s = nil; at != nil { // else as it is now
+			return b.placeIn(ctx, at, want.id())
+		}
+		return b.place(ctx, nqn, want.id())
+	}
+	p, err := ensure(read, func(*place) error { return nil }, func() error {
 		if want.function != nil {
 			return kind.Errorf(kind.Unavailable, "%s was plugged and does not show %s: it was unplugged meanwhile", want.id(), nqn)
 		}

@@ -19,8 +19,8 @@ const maxLvolBytes = 1 << 50
 // lvol is an lvol as the target has it.
 type lvol struct {
 	spdk.Lvol
-	store *spdk.LvolStore
-	bdev  *spdk.Bdev // nil when it is degraded
+	store *spdk.LvolStore // its name, UUID and cluster size; other figures may be old
+	bdev  *spdk.Bdev      // nil when it is degraded
 }
 
 func (l *lvol) alias() string { return l.store.Name + "/" + l.Name }
@@ -93,19 +93,23 @@ func (b *Bridge) lvolBdev(ctx context.Context, store, name string) (*lvol, error
 	if err := checkName(name); err != nil {
 		return nil, err
 	}
-	s, err := b.store(ctx, store)
-	if err != nil {
+	if err := checkName(store); err != nil {
 		return nil, err
 	}
 	bdev, err := b.spdk.Bdev(ctx, store+"/"+name)
 	if err == nil && bdev.Specific.Lvol != nil && slices.Contains(bdev.Aliases, store+"/"+name) {
 		d := bdev.Specific.Lvol
+		s, err := b.storeOf(ctx, store, d.StoreUUID)
+		if err != nil {
+			return nil, err
+		}
 		return &lvol{spdk.Lvol{Name: name, Alias: store + "/" + name, UUID: bdev.UUID, IsThinProvisioned: d.ThinProvision, IsSnapshot: d.Snapshot, IsClone: d.Clone,
 			IsEsnapClone: d.EsnapClone, NumAllocatedClusters: d.NumAllocatedClusters}, s, bdev}, nil
 	}
-	if errors.Is(err, kind.NotFound) {
-		err = nil
+	if err != nil && !errors.Is(err, kind.NotFound) {
+		return nil, err
 	}
+	_, err = b.store(ctx, store) // is it that what is missing?
 	return nil, err
 }
 

@@ -29,12 +29,16 @@ func (b *Bridge) nvmeNamespace(ctx context.Context, nqn, id string) (*shown, err
 	if err != nil {
 		return nil, err
 	}
+	return nvmeNamespaceOf(s, id)
+}
+
+func nvmeNamespaceOf(s *spdk.Subsystem, id string) (*shown, error) {
 	for _, n := range s.Namespaces {
 		if strings.EqualFold(n.UUID, id) {
-			return &shown{nqn, n}, nil
+			return &shown{s.NQN, n}, nil
 		}
 	}
-	return nil, kind.Errorf(kind.NotFound, "subsystem %s has no nvmeNamespace %.100q", nqn, id)
+	return nil, kind.Errorf(kind.NotFound, "subsystem %s has no nvmeNamespace %.100q", s.NQN, id)
 }
 
 func (b *Bridge) nvmeNamespaceNamed(ctx context.Context, name string) (*shown, error) {
@@ -108,7 +112,8 @@ func (b *Bridge) CreateNvmeNamespace(ctx context.Context, r *opiv1.CreateNvmeNam
 	if err != nil {
 		return nil, err
 	}
-	if _, err := b.subsystem(ctx, nqn); err != nil {
+	s, err := b.subsystem(ctx, nqn)
+	if err != nil {
 		return nil, err
 	}
 	spec := r.GetNvmeNamespace().GetSpec()
@@ -120,7 +125,19 @@ func (b *Bridge) CreateNvmeNamespace(ctx context.Context, r *opiv1.CreateNvmeNam
 	if err != nil {
 		return nil, err
 	}
-	n, err := ensure(func() (*shown, error) { return b.nvmeNamespace(ctx, nqn, want.UUID) }, func(have *shown) error {
+	// A subsystem of many is long, and read no more often than must be.
+	var made *shown
+	read := func() (*shown, error) {
+		if made != nil {
+			return made, nil
+		}
+		at := s
+		if s = nil; at != nil {
+			return nvmeNamespaceOf(at, want.UUID)
+		}
+		return b.nvmeNamespace(ctx, nqn, want.UUID)
+	}
+	n, err := ensure(read, func(have *shown) error {
 		name := join(subsystems, nqn, nvmeNamespaces, want.UUID)
 		switch {
 		case have.ns.BdevName != want.BdevName:
@@ -134,7 +151,11 @@ func (b *Bridge) CreateNvmeNamespace(ctx context.Context, r *opiv1.CreateNvmeNam
 		}
 		return nil
 	}, func() error {
-		_, err := b.spdk.NvmfSubsystemAddNs(ctx, nqn, want)
+		nsid, err := b.spdk.NvmfSubsystemAddNs(ctx, nqn, want)
+		if err == nil && want.NGUID != "" { // else the target chooses one
+			made = &shown{nqn, want}
+			made.ns.NSID = nsid
+		}
 		return err
 	})
 	if err != nil {

@@ -39,6 +39,31 @@ func (b *Bridge) store(ctx context.Context, name string) (*spdk.LvolStore, error
 	return nil, kind.Wrap(kind.NotFound, &noStore{name})
 }
 
+// maxStores bounds the lvstores that a bridge remembers.
+const maxStores = 64
+
+// storeOf is store for who knows that it is there, with this UUID. It asks the target
+// once: an lvstore's cluster size never changes.
+func (b *Bridge) storeOf(ctx context.Context, name, id string) (*spdk.LvolStore, error) {
+	b.mu.Lock()
+	cluster := b.clusters[id]
+	b.mu.Unlock()
+	if cluster > 0 {
+		return &spdk.LvolStore{Name: name, UUID: id, ClusterSizeBytes: cluster}, nil
+	}
+	s, err := b.store(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.clusters) >= maxStores {
+		clear(b.clusters)
+	}
+	b.clusters[s.UUID] = s.ClusterSizeBytes
+	return s, nil
+}
+
 // noStore is kind.NotFound of an lvstore. Refusals tells it from that of what is in one.
 type noStore struct{ name string }
 

@@ -110,18 +110,18 @@ func (b *Bridge) CreateNvmeSubsystem(ctx context.Context, r *opiv1.CreateNvmeSub
 		return nil, err
 	}
 	read := func() (*spdk.Subsystem, error) { return b.subsystem(ctx, spec.Nqn) }
-	_, err := ensure(read, func(s *spdk.Subsystem) error { return b.complete(ctx, s, spec) }, func() error {
+	s, err := ensure(read, func(s *spdk.Subsystem) error { return b.complete(ctx, s, spec) }, func() error {
 		return b.spdk.NvmfCreateSubsystem(ctx, spdk.SubsystemParams{NQN: spec.Nqn, SerialNumber: spec.SerialNumber, ModelNumber: spec.ModelNumber,
 			MaxNamespaces: uint32(spec.MaxNamespaces), AllowAnyHost: spec.Hostnqn == ""})
 	})
 	if err != nil {
 		return nil, err
 	}
-	s, err := read() // completed
-	if err != nil {
-		return nil, err
+	p := subsystemProto(s)
+	if len(s.Hosts) == 0 {
+		p.Spec.Hostnqn = spec.Hostnqn // it was added since
 	}
-	return subsystemProto(s), nil
+	return p, nil
 }
 
 // complete adds the host to a subsystem that was just made, or whose maker did not come
