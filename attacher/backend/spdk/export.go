@@ -23,6 +23,12 @@ import (
 // The rest of the name is the UUID of the nvmeNamespace.
 const hiddenPrefix = "thaw-export-"
 
+// standIn is an lvol that stands in for another.
+type standIn struct {
+	id       string // its UUID
+	readOnly bool   // until then no node may see it
+}
+
 // node is what a node should see: one subsystem, which admits that node's host only.
 type node struct {
 	name  string
@@ -506,10 +512,16 @@ func (b *Backend) showDisk(ctx context.Context, n *node, d *disk) error {
 	defer unlock()
 	b.mu.Lock()
 	volume := d.id // also after a rename
-	if c := b.clones[id]; c != "" {
-		volume = c
-	}
+	c := b.clones[id]
 	b.mu.Unlock()
+	if c.id != "" {
+		volume = c.id
+		if !c.readOnly { // whoever made it did not live to do that
+			if err := b.fixClone(ctx, id, c.id); err != nil {
+				return unavailable(err)
+			}
+		}
+	}
 	err = b.createNamespace(ctx, n, d, id, volume)
 	if err != nil && !errors.Is(err, kind.Unavailable) && !errors.Is(err, kind.NotFound) {
 		// Something has its place or identity; or the volume, where it can be only once.
@@ -567,11 +579,22 @@ func (b *Backend) makeClone(ctx context.Context, d *disk, id uuid.UUID) (volume 
 		return "", err
 	}
 	b.mu.Lock()
-	b.clones[id] = c.GetUuid()
+	b.clones[id] = standIn{id: c.GetUuid()}
 	b.mu.Unlock()
 	failpoint.Reach("backend.show: clone made")
-	_, err = b.lvols.SetLvolReadOnly(ctx, &lvolv1.SetLvolReadOnlyRequest{Name: c.GetName()})
-	return c.GetUuid(), err
+	return c.GetUuid(), b.fixClone(ctx, id, c.GetUuid())
+}
+
+// fixClone makes a stand-in, of that UUID, read-only.
+func (b *Backend) fixClone(ctx context.Context, id uuid.UUID, clone string) error {
+	if _, err := b.lvols.SetLvolReadOnly(ctx, &lvolv1.SetLvolReadOnlyRequest{Name: b.lvolName(hiddenPrefix + id.String())}); err != nil {
+		return err
+	}
+	b.mu.Lock()
+	b.clones[id] = standIn{id: clone, readOnly: true}
+	b.mu.Unlock()
+	failpoint.Reach("backend.show: clone read-only")
+	return nil
 }
 
 // dropClone deletes the lvol that stood in for one that an nvmeNamespace showed, if no
@@ -583,7 +606,7 @@ func (b *Backend) dropClone(ctx context.Context, id uuid.UUID) error {
 	}
 	defer unlock()
 	b.mu.Lock()
-	drop := b.clones[id] != ""
+	drop := b.clones[id].id != ""
 	for _, n := range b.nodes {
 		for _, d := range n.disks {
 			drop = drop && (d.leaving || b.store.NvmeNamespace(d.space(), n.name) != id)

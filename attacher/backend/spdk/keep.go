@@ -147,12 +147,12 @@ func (b *Backend) replayAll(ctx context.Context) error {
 	}
 	names := make(map[string]string, len(list)) // of lvols, by UUID
 	byName := make(map[string]*lvolv1.Lvol, len(list))
-	clones := map[uuid.UUID]string{}
+	clones := map[uuid.UUID]standIn{}
 	for _, l := range list {
 		name := b.shortName(l.GetName())
 		names[l.GetUuid()], byName[name] = name, l
 		if id, err := uuid.Parse(strings.TrimPrefix(name, hiddenPrefix)); hidden(name) && err == nil {
-			clones[id] = l.GetUuid()
+			clones[id] = standIn{id: l.GetUuid(), readOnly: l.GetReadOnly()}
 		}
 	}
 	b.mu.Lock()

@@ -154,16 +154,16 @@ type Backend struct {
 	replay chan struct{}
 
 	mu       sync.Mutex
-	closed   bool                 // guarded by mu, as are all below
-	nodes    map[string]*node     // what should be shown, by name
-	changing map[string]bool      // UUIDs of lvols that nobody may begin to use
-	clones   map[uuid.UUID]string // UUIDs of the lvols that stand in, by nvmeNamespace
-	restored bool                 // the attacher said what nodes have
-	lost     bool                 // the target lacks what it was told
-	checked  time.Time            // when all was compared last
-	figures  *lvolv1.LvolStore    // as last heard of
-	count    int                  // of lvols, as last heard of
-	failing  map[string]struct{}  // exports whose failure was logged
+	closed   bool                  // guarded by mu, as are all below
+	nodes    map[string]*node      // what should be shown, by name
+	changing map[string]bool       // UUIDs of lvols that nobody may begin to use
+	clones   map[uuid.UUID]standIn // by nvmeNamespace
+	restored bool                  // the attacher said what nodes have
+	lost     bool                  // the target lacks what it was told
+	checked  time.Time             // when all was compared last
+	figures  *lvolv1.LvolStore     // as last heard of
+	count    int                   // of lvols, as last heard of
+	failing  map[string]struct{}   // exports whose failure was logged
 }
 
 // New reaches the target, with its lvstore made if it is to be, and takes away what a
@@ -175,7 +175,7 @@ func New(ctx context.Context, o Options) (*Backend, error) {
 	b := &Backend{
 		o: o, log: o.Logger, lvols: lvolv1.NewLogicalVolumeServiceClient(o.Conn), fe: opiv1.NewFrontendNvmeServiceClient(o.Conn),
 		aio: opiv1.NewAioVolumeServiceClient(o.Conn), kick: make(chan struct{}, 1), replay: make(chan struct{}, 1),
-		nodes: map[string]*node{}, changing: map[string]bool{}, clones: map[uuid.UUID]string{}, failing: map[string]struct{}{}, lost: true,
+		nodes: map[string]*node{}, changing: map[string]bool{}, clones: map[uuid.UUID]standIn{}, failing: map[string]struct{}{}, lost: true,
 	}
 	for _, text := range o.Portals {
 		p, err := parsePortal(text)

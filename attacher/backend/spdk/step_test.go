@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -261,5 +262,96 @@ func leftovers(t *testing.T, conn *grpc.ClientConn) {
 	}
 	for _, l := range lvols.Lvols {
 		t.Errorf("lvol %s is left", l.Name)
+	}
+}
+
+// dying is a connection of a process that dies before it makes a stand-in read-only.
+type dying struct {
+	*grpc.ClientConn
+	dead atomic.Bool
+}
+
+func (c *dying) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	if r, ok := args.(*lvolv1.SetLvolReadOnlyRequest); ok && strings.Contains(r.GetName(), "/lvols/thaw-export-") {
+		c.dead.Store(true)
+	}
+	if c.dead.Load() {
+		return errDead
+	}
+	return c.ClientConn.Invoke(ctx, method, args, reply, opts...)
+}
+
+// TestStandInReadOnly kills the attacher when a stand-in is made and can still be written:
+// no node may see it so.
+func TestStandInReadOnly(t *testing.T) {
+	p := newPlace(t)
+	p.serve(t, once)
+	plain := p.conn(t)
+	conn := &dying{ClientConn: plain}
+	o := p.options(conn)
+	o.Patience = time.Millisecond
+	b, err := spdk.New(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	exports := []attacher.Export{toNode1, toNode2}
+	for i := range exports {
+		exports[i].Block = "block"
+	}
+	_, err = b.Create("work", 1<<20)
+	if err == nil {
+		_, err = b.Snapshot("work", "block")
+	}
+	if err == nil {
+		err = b.Exporter().Restore(nil)
+	}
+	if err == nil {
+		_, err = b.Exporter().Export(exports[0], "")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err = b.Exporter().Export(exports[1], ""); !conn.dead.Load() || !errors.Is(err, kind.Unavailable) {
+		t.Fatalf("death came as %v", err)
+	}
+	b.Kill()
+
+	b = p.open(t, plain)
+	defer func() {
+		if err := b.Close(); err != nil {
+			t.Error(err)
+		}
+		leftovers(t, plain)
+	}()
+	if err := b.Exporter().Restore(exports); err != nil {
+		t.Fatal(err)
+	}
+	list, err := lvolv1.NewLogicalVolumeServiceClient(plain).ListLvols(t.Context(), &lvolv1.ListLvolsRequest{Parent: "lvolStores/store"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	standIns := 0
+	for _, l := range list.Lvols {
+		if strings.Contains(l.Name, "/lvols/thaw-export-") {
+			if standIns++; !l.ReadOnly {
+				t.Errorf("a node can write %v", l)
+			}
+		}
+	}
+	if standIns != 1 {
+		t.Errorf("%d lvols stand in for others, want 1", standIns)
+	}
+	for _, e := range exports {
+		if _, err := b.Exporter().Export(e, ""); err != nil {
+			t.Errorf("export %+v: %v", e, err)
+		}
+		if err := b.Exporter().Withdraw(e); err != nil {
+			t.Errorf("withdraw %+v: %v", e, err)
+		}
+	}
+	for _, name := range []string{"work", "block"} {
+		if err := b.Delete(name); err != nil {
+			t.Errorf("delete %s: %v", name, err)
+		}
 	}
 }
