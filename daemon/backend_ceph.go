@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"sync"
 
 	"github.com/thaw-project/thaw/attacher"
 	"github.com/thaw-project/thaw/attacher/backend/rbd"
@@ -33,15 +32,18 @@ func (r *RBDConfig) options(logger *slog.Logger) rbd.Options {
 // rbdImages opens images of Ceph that stores export. It connects when it first has to, so
 // that a node starts while Ceph is away.
 type rbdImages struct {
-	o rbd.Options
-
-	mu     sync.Mutex
-	opener *rbd.Opener // guarded by mu; nil until connected
+	o      rbd.Options
+	gate   chan struct{} // capacity 1: who fills it connects, which may take as long as its context
+	opener *rbd.Opener   // only inside the gate; nil until connected
 }
 
 func (r *rbdImages) connect(ctx context.Context) (*rbd.Opener, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	select {
+	case r.gate <- struct{}{}:
+		defer func() { <-r.gate }()
+	case <-ctx.Done():
+		return nil, kind.Wrap(kind.Unavailable, context.Cause(ctx))
+	}
 	if r.opener == nil {
 		opener, err := rbd.NewOpener(ctx, r.o)
 		if err != nil {
@@ -61,8 +63,8 @@ func (r *rbdImages) open(ctx context.Context, image remote.RBDImage) (bdev.Devic
 }
 
 func (r *rbdImages) close() error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.gate <- struct{}{} // those who connect end with the Remote, which was closed before
+	defer func() { <-r.gate }()
 	if r.opener == nil {
 		return nil
 	}
@@ -78,7 +80,7 @@ func (s *Server) rbdOpener(remotes []RemoteConfig) func(context.Context, remote.
 	var all []*rbdImages
 	for _, r := range remotes {
 		if r.Transport == remote.TransportRBD {
-			images := &rbdImages{o: r.RBD.options(s.logger.With("part", "rbd"))}
+			images := &rbdImages{o: r.RBD.options(s.logger.With("part", "rbd")), gate: make(chan struct{}, 1)}
 			s.onClose("images of Ceph", images.close)
 			all = append(all, images)
 		}

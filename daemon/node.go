@@ -140,7 +140,7 @@ func (s *Server) scratch(ctx context.Context, _ string, size int64) (b imagemgmt
 	if s.attacher != nil {
 		b.Name, err = s.attacher.Scratch(ctx, size)
 	} else {
-		b.Name, err = ensureScratchFile(ctx, s.config.Paths().Scratch, size)
+		b.Name, err = s.scratches.ensure(ctx, size)
 	}
 	return b, err
 }
@@ -150,6 +150,8 @@ func (s *Server) firstScratch(ctx context.Context) {
 	if !s.showsDisks() {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, peerWait)
+	defer cancel()
 	if _, err := s.scratch(ctx, "", int64(s.config.Snapshotter.WritableSize)); err != nil {
 		// Only containers in mode overlaybd on EROFS miss it, and only its limit
 		// on size: they write to a directory instead.

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 
 	"github.com/thaw-project/thaw/attacher"
+	"github.com/thaw-project/thaw/keylock"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/target/bdev"
 )
@@ -18,9 +19,23 @@ import (
 // made, in a sparse file of its own: <root>/scratch/<name>. It holds an empty file
 // system and is never written to again.
 
-// ensureScratchFile makes the scratch volume of a size once, and returns its name.
-func ensureScratchFile(ctx context.Context, dir string, sizeBytes int64) (string, error) {
-	name := attacher.ScratchName(sizeBytes)
+// scratchFiles are those in a directory.
+type scratchFiles struct {
+	dir    string
+	making keylock.Set // one key, "": one is made at a time
+}
+
+// ensure makes the scratch volume of a size once, and returns its name.
+func (s *scratchFiles) ensure(ctx context.Context, sizeBytes int64) (string, error) {
+	if sizeBytes < attacher.MinScratchBytes || sizeBytes > attacher.MaxScratchBytes || sizeBytes%(1<<20) != 0 {
+		return "", kind.Errorf(kind.Invalid, "scratch of %d bytes: must be a multiple of 1 MiB from %d to %d", sizeBytes, attacher.MinScratchBytes, int64(attacher.MaxScratchBytes))
+	}
+	unlock, err := s.making.Lock(ctx, "")
+	if err != nil {
+		return "", fmt.Errorf("wait for another scratch: %w", err)
+	}
+	defer unlock()
+	dir, name := s.dir, attacher.ScratchName(sizeBytes)
 	path := filepath.Join(dir, name)
 	if info, err := os.Stat(path); err == nil && info.Size() == sizeBytes {
 		return name, nil

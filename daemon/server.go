@@ -62,6 +62,8 @@ type Server struct {
 	remote *remote.Remote // nil without remote targets, as cache
 	cache  *cache.Cache   // nil when not enabled
 	images *imagemgmt.Manager
+	// scratches are this machine's own, when it has no store.
+	scratches scratchFiles
 	// elsewhereImages is what the snapshotter uses instead when there is no images.
 	elsewhereImages imagemgmt.Service
 	snapshots       *snapshotter.Snapshotter
@@ -75,7 +77,7 @@ type closer struct {
 // Serve runs a server until ctx ends. KeeperCommand is how a keeper process is
 // started.
 func Serve(ctx context.Context, config Config, keeperCommand []string, logger *slog.Logger) error {
-	s := &Server{config: config, logger: logger}
+	s := &Server{config: config, logger: logger, scratches: scratchFiles{dir: config.Paths().Scratch}}
 	err := s.start(ctx, keeperCommand)
 	if err == nil {
 		logger.Info("ready", s.about()...)
