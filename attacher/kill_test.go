@@ -691,7 +691,7 @@ func TestScratch(t *testing.T) {
 	_, err = a.Scratch(ctx, scratchBytes)
 	must(t, err)
 	t.Logf("found in %s", time.Since(begin))
-	for _, bad := range []int64{0, -1, 1 << 20, 64<<20 + 512, 1<<40 + 1<<20} {
+	for _, bad := range []int64{0, -1, 1 << 20, 64<<20 + 512, 16<<40 + 1<<20} {
 		_, err = a.Scratch(ctx, bad)
 		wantKind(t, err, kind.Invalid)
 	}

@@ -22,7 +22,7 @@ const (
 	MinScratchBytes = 64 << 20
 
 	// MaxScratchBytes and MaxScratches bound what nodes can make the store keep.
-	MaxScratchBytes = 1 << 40
+	MaxScratchBytes = 16 << 40
 	MaxScratches    = 16
 
 	// scratchPrefix begins the names of scratch snapshots.
