@@ -93,9 +93,10 @@ type Remote struct {
 	kernelHost atomic.Bool
 
 	mu        sync.Mutex
-	records   map[string]*record // guarded by mu, as what it points to: by key
-	writables map[string]*record // guarded by mu, as what it points to: by key of target and id
-	closed    bool               // guarded by mu
+	records   map[string]*record  // guarded by mu, as what it points to: by key
+	writables map[string]*record  // guarded by mu, as what it points to: by key of target and id
+	doubts    map[string]struct{} // guarded by mu: keys of writables that could not be reached
+	closed    bool                // guarded by mu
 
 	life   context.Context // ends with Close
 	cancel context.CancelFunc
@@ -113,7 +114,7 @@ func New(o Options) (*Remote, error) {
 	if o.dial == nil {
 		o.dial = Dial
 	}
-	r := &Remote{o: o, log: o.Logger, targets: make(map[string]*target), metrics: newMetrics()}
+	r := &Remote{o: o, log: o.Logger, targets: make(map[string]*target), doubts: make(map[string]struct{}), metrics: newMetrics()}
 	for _, t := range o.Targets {
 		if t.Transport == "" {
 			t.Transport = TransportTCP

@@ -29,7 +29,7 @@ func (r *Remote) writable(targetName, id string) (record, bool) {
 
 // AttachWritable has the store make the writable layer id over block, unless made says
 // that it did before, and lets whoever reaches the store for this node read and write it.
-// For one that is on record nothing is asked. Errors are those of Attach, kind.NotFound
+// For one that is on record nothing is asked, unless it is in doubt. Errors are those of Attach, kind.NotFound
 // also for a layer that was made and is gone, and kind.Exists when id is over another
 // block.
 func (r *Remote) AttachWritable(ctx context.Context, targetName, block, id string, made bool) (*attacherv1.Attachment, error) {
@@ -49,12 +49,31 @@ func (r *Remote) AttachWritable(ctx context.Context, targetName, block, id strin
 }
 
 func (t *target) attachWritable(ctx context.Context, block, id string, made bool) (record, error) {
-	if rec, ok := t.r.writable(t.o.Name, id); ok {
-		if rec.Block != block {
-			return record{}, kind.Errorf(kind.Exists, "it is over block %s", rec.Block)
-		}
-		return rec, nil
+	old, known := t.r.writable(t.o.Name, id)
+	switch {
+	case known && old.Block != block:
+		return record{}, kind.Errorf(kind.Exists, "it is over block %s", old.Block)
+	case known && !t.r.doubted(t.o.Name, id):
+		return old, nil
 	}
+	rec, err := t.askWritable(ctx, block, id, made || known)
+	switch {
+	case known && errors.Is(err, kind.Unavailable):
+		return old, nil // the data may be there all the same, and the doubt stays
+	case err != nil:
+		return record{}, err
+	case known && !old.sameBytes(rec):
+		return record{}, kind.Errorf(kind.Corrupt, "it was deleted there and made again while it is attached here")
+	}
+	if err := t.r.putWritable(t.o.Name, id, &rec); err != nil {
+		return record{}, err
+	}
+	failpoint.Reach("remote.attach writable: recorded")
+	return rec, nil
+}
+
+// askWritable has the store attach a layer.
+func (t *target) askWritable(ctx context.Context, block, id string, made bool) (record, error) {
 	c, err := t.client()
 	if err != nil {
 		return record{}, err
@@ -81,11 +100,25 @@ func (t *target) attachWritable(ctx context.Context, block, id string, made bool
 	if err != nil {
 		return record{}, fmt.Errorf("the store's answer makes no sense: %w", err)
 	}
-	if err := t.r.putWritable(t.o.Name, id, &rec); err != nil {
-		return record{}, err
-	}
-	failpoint.Reach("remote.attach writable: recorded")
 	return rec, nil
+}
+
+// DoubtWritable has the next AttachWritable ask the store for a layer that could not be
+// reached by what is on record.
+func (r *Remote) DoubtWritable(targetName, id string) {
+	k := key(targetName, id)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.writables[k] != nil { // as many doubts as layers
+		r.doubts[k] = struct{}{}
+	}
+}
+
+func (r *Remote) doubted(targetName, id string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, yes := r.doubts[key(targetName, id)]
+	return yes
 }
 
 // WritableAttachment is what AttachWritable answered for a layer that is attached, or
@@ -225,6 +258,7 @@ func (r *Remote) putWritable(targetName, id string, rec *record) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	delete(r.doubts, k)
 	if rec == nil {
 		delete(r.writables, k)
 	} else {

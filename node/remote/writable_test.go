@@ -139,6 +139,48 @@ func TestWritable(t *testing.T) {
 	}
 }
 
+// TestDoubtWritable: a layer was detached at the store. What is on record reaches nothing,
+// and who found that out has the store asked again.
+func TestDoubtWritable(t *testing.T) {
+	s := newStore(t)
+	one := s.image(1)
+	n := s.node("node-a")
+	n.SetKernelHost(true)
+	ctx, id := t.Context(), "snapshot-0-1"
+	n.DoubtWritable(targetName, id) // of nothing
+	a, err := n.AttachWritable(ctx, targetName, one, id, false)
+	must(t, err)
+	_, err = s.attacher.DetachWritable(ctx, &attacherv1.DetachWritableRequest{Node: "node-a", Id: id})
+	must(t, err)
+	attach := func() *attacherv1.Attachment {
+		t.Helper()
+		b, err := n.AttachWritable(ctx, targetName, one, id, true)
+		must(t, err)
+		return b
+	}
+	if b := attach(); b.GetAttachmentId() != a.GetAttachmentId() {
+		t.Fatal("the store was asked without need")
+	}
+	s.stop()
+	n.DoubtWritable(targetName, id)
+	if b := attach(); b.GetAttachmentId() != a.GetAttachmentId() {
+		t.Fatal("somebody answered for the store")
+	}
+	s.start()
+	var b *attacherv1.Attachment
+	eventually(t, "the store", func() bool {
+		b = attach()
+		return b.GetAttachmentId() != a.GetAttachmentId()
+	})
+	connect(t, b)
+	// One that is another under the same name is not taken for it.
+	must(t, n.putWritable(targetName, id, func() *record { r, _ := n.writable(targetName, id); r.UUID = uuid.NewString(); return &r }()))
+	n.DoubtWritable(targetName, id)
+	_, err = n.AttachWritable(ctx, targetName, one, id, true)
+	wantKind(t, err, kind.Corrupt)
+	must(t, n.DeleteWritable(ctx, targetName, id))
+}
+
 // TestStaleAttachment: a block was attached again and the answer was lost. It is detached
 // all the same.
 func TestStaleAttachment(t *testing.T) {

@@ -36,6 +36,9 @@ type Store interface {
 	WritableAttachment(target, id string) (*attacherv1.Attachment, error)
 	// Doubt has the store asked again for a block that the card could not reach.
 	Doubt(target, block string)
+	// DoubtWritable has the store asked for a writable layer that the card could not reach
+	// before it is shown again.
+	DoubtWritable(target, id string)
 }
 
 // Options configures New.
@@ -108,6 +111,8 @@ func (p *Presenter) present(ctx context.Context, id string, source present.Sourc
 			p.forget(id)
 		case source.Kind == present.SourceLvol:
 			p.o.Store.Doubt(source.Target, source.Lvol)
+		default:
+			p.o.Store.DoubtWritable(source.Target, id)
 		}
 		return present.Disk{}, err
 	}
