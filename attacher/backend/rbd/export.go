@@ -202,6 +202,10 @@ type Opener struct {
 	calls chan struct{} // full of opens that wait for the cluster
 	next  atomic.Int64
 
+	mu     sync.Mutex
+	closed bool           // guarded by mu
+	opens  sync.WaitGroup // images that are being opened; Add under mu while not closed
+
 	once sync.Once
 	err  error // of Close
 }
@@ -245,7 +249,13 @@ func (o *Opener) Open(ctx context.Context, image attacher.RBDImage, readOnly boo
 	}
 	answers := make(chan answer)     // handed over or kept, never lost
 	key := fmt.Sprint(o.next.Add(1)) // no two share an image: each ends alone
-	o.open.own.Go(func() {
+	o.mu.Lock()
+	if o.closed {
+		o.mu.Unlock()
+		<-o.calls
+		return nil, kind.Errorf(kind.Unavailable, "open image %s: the connection to Ceph is closed", image.Image)
+	}
+	o.opens.Go(func() {
 		defer func() { <-o.calls }()
 		d, err := o.open.open(key, image.Image, image.Snapshot, readOnly, func() (*rbd.Image, error) {
 			if readOnly {
@@ -261,6 +271,7 @@ func (o *Opener) Open(ctx context.Context, image attacher.RBDImage, readOnly boo
 			}
 		}
 	})
+	o.mu.Unlock()
 	select {
 	case a := <-answers:
 		if a.err != nil {
@@ -272,11 +283,15 @@ func (o *Opener) Open(ctx context.Context, image attacher.RBDImage, readOnly boo
 	}
 }
 
-// Close closes what is open and the connection. When the cluster does not answer it
+// Close closes what is open and the connection; Open is kind.Unavailable then. When the cluster does not answer it
 // returns after Options.Timeout with kind.Unavailable.
 func (o *Opener) Close() error {
 	o.once.Do(func() {
+		o.mu.Lock()
+		o.closed = true
+		o.mu.Unlock()
 		o.err = within(o.o.Timeout, "close the connection to Ceph", func() error {
+			o.opens.Wait() // an image must not outlive the connection
 			err := o.open.close()
 			o.c.close()
 			return err

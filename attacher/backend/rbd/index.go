@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -189,7 +190,45 @@ func readIndex(pool *rados.IOContext, oid string) (*index, map[string][]byte, er
 			return nil, nil, kind.Errorf(kind.Corrupt, "the index %s has lvol %s and not its image %s", oid, r.Name, r.Image)
 		}
 	}
+	if x.endless() {
+		return nil, nil, kind.Errorf(kind.Corrupt, "the index %s has an lvol, or an image, that is its own ancestor", oid)
+	}
 	return x, values, nil
+}
+
+// endless tells whether somebody who goes from parent to parent would never arrive.
+func (x *index) endless() bool {
+	lvol := func(id string) string {
+		if r := x.lvols[id]; r != nil {
+			return r.Parent
+		}
+		return ""
+	}
+	image := func(id string) string {
+		if r := x.images[id]; r != nil {
+			return r.Parent
+		}
+		return ""
+	}
+	return round(maps.Keys(x.lvols), lvol) || round(maps.Keys(x.images), image)
+}
+
+func round(ids iter.Seq[string], parent func(string) string) bool {
+	ends := map[string]bool{"": true} // false: on the way that is being gone
+	for id := range ids {
+		var way []string
+		for at := id; !ends[at]; at = parent(at) {
+			if _, been := ends[at]; been {
+				return true
+			}
+			ends[at] = false
+			way = append(way, at)
+		}
+		for _, at := range way {
+			ends[at] = true
+		}
+	}
+	return false
 }
 
 // change collects what one atomic operation changes in the index.
