@@ -114,6 +114,7 @@ func (d *disk) proto(names identity.Card) *attacherv1.CardDisk {
 	return &attacherv1.CardDisk{
 		Id: d.ID, Purpose: d.Purpose, Function: d.Function.proto(), SubsystemNqn: d.nqn, Serial: names.Serial(d.UUID), Uuid: d.UUID.String(),
 		SizeBytes: d.SizeBytes, ReadOnly: d.ReadOnly, CreatedUnixNanos: d.CreatedUnixNanos, Owner: d.Owner, AttachmentId: d.Attachment.String(),
+		Volume: d.Volume,
 	}
 }
 

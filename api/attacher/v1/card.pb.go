@@ -259,6 +259,7 @@ type CardDisk struct {
 	AttachmentId string `protobuf:"bytes,12,opt,name=attachment_id,json=attachmentId,proto3" json:"attachment_id,omitempty"`
 	// What keeps the host from using the drive now, which is being repaired; empty else.
 	Problem       string `protobuf:"bytes,13,opt,name=problem,proto3" json:"problem,omitempty"`
+	Volume        string `protobuf:"bytes,14,opt,name=volume,proto3" json:"volume,omitempty"` // what is shown, when that is a volume and no attachment
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -380,6 +381,13 @@ func (x *CardDisk) GetAttachmentId() string {
 func (x *CardDisk) GetProblem() string {
 	if x != nil {
 		return x.Problem
+	}
+	return ""
+}
+
+func (x *CardDisk) GetVolume() string {
+	if x != nil {
+		return x.Volume
 	}
 	return ""
 }
@@ -780,7 +788,7 @@ const file_attacher_v1_card_proto_rawDesc = "" +
 	"\fPcieFunction\x12\x12\n" +
 	"\x04port\x18\x01 \x01(\rR\x04port\x12+\n" +
 	"\x11physical_function\x18\x02 \x01(\rR\x10physicalFunction\x12)\n" +
-	"\x10virtual_function\x18\x03 \x01(\rR\x0fvirtualFunction\"\xcd\x03\n" +
+	"\x10virtual_function\x18\x03 \x01(\rR\x0fvirtualFunction\"\xe5\x03\n" +
 	"\bCardDisk\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +
 	"\apurpose\x18\x02 \x01(\x0e2\x19.thaw.attacher.v1.PurposeR\apurpose\x12:\n" +
@@ -796,7 +804,8 @@ const file_attacher_v1_card_proto_rawDesc = "" +
 	" \x01(\tR\x05owner\x120\n" +
 	"\x05steps\x18\v \x03(\v2\x1a.thaw.attacher.v1.StepTimeR\x05steps\x12#\n" +
 	"\rattachment_id\x18\f \x01(\tR\fattachmentId\x12\x18\n" +
-	"\aproblem\x18\r \x01(\tR\aproblem\"4\n" +
+	"\aproblem\x18\r \x01(\tR\aproblem\x12\x16\n" +
+	"\x06volume\x18\x0e \x01(\tR\x06volume\"4\n" +
 	"\bStepTime\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x14\n" +
 	"\x05nanos\x18\x02 \x01(\x03R\x05nanos\"}\n" +

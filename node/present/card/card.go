@@ -203,8 +203,8 @@ func (p *Presenter) List(ctx context.Context) ([]present.Disk, error) {
 	}
 	var list []present.Disk
 	for _, c := range resp.GetDisks() {
-		if !slices.Contains(ours, c.GetPurpose()) || c.GetOwner() != "" {
-			continue
+		if !slices.Contains(ours, c.GetPurpose()) || c.GetOwner() != "" || c.GetVolume() != "" {
+			continue // somebody else's
 		}
 		d, err := disk(c)
 		if err != nil {

@@ -17,9 +17,11 @@ import (
 
 	"go.uber.org/goleak"
 
+	attacherv1 "github.com/thaw-project/thaw/api/attacher/v1"
 	"github.com/thaw-project/thaw/kind"
 	"github.com/thaw-project/thaw/node/imagemgmt"
 	"github.com/thaw-project/thaw/node/present"
+	"github.com/thaw-project/thaw/spdk"
 )
 
 // The test binary is also the image-mgmt that a test kills.
@@ -160,6 +162,35 @@ func TestRefusals(t *testing.T) {
 	_, err = i.Attach(ctx, at(one), "u")
 	must(t, err)
 	must(t, i.Detach(ctx, one, "u"))
+}
+
+// TestVolumesOfOthers: what somebody had the card show of its own target is none of
+// image-mgmt's, whatever its purpose.
+func TestVolumesOfOthers(t *testing.T) {
+	l := newLab(t)
+	_, err := l.spdk.BdevMallocCreate(ctx, spdk.BdevMallocCreateParams{Name: "mine", NumBlocks: 256, BlockSizeBytes: 512})
+	must(t, err)
+	d, err := l.card.Client().AttachDisk(ctx, &attacherv1.AttachDiskRequest{
+		Id: "data", Purpose: attacherv1.Purpose_PURPOSE_WRITABLE, Source: &attacherv1.AttachDiskRequest_Volume{Volume: "mallocVolumes/mine"},
+	})
+	must(t, err)
+	if d.GetVolume() != "mallocVolumes/mine" {
+		t.Fatalf("%+v", d)
+	}
+	one := l.block(1)
+	for range 2 {
+		i, err := openImages(l.dir)
+		must(t, err)
+		if list, err := i.presenter.List(ctx); err != nil || len(list) != 0 {
+			t.Fatalf("%+v, %v", list, err)
+		}
+		_, err = i.AttachWritable(ctx, imagemgmt.Layer{Block: at(one)}, "data")
+		wantKind(t, err, kind.Exists)
+		must(t, i.close())
+		if ids := l.onCard(); !slices.Equal(ids, []string{"data"}) {
+			t.Fatalf("the card shows %q", ids)
+		}
+	}
 }
 
 // TestCardIsAway has the card's attacher stop: what it shows stays, what was asked of it
