@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 	opiv1 "github.com/opiproject/opi-api/storage/v1alpha1/gen/go"
@@ -510,6 +511,50 @@ func (b *Backend) showDisk(ctx context.Context, n *node, d *disk) error {
 		return err
 	}
 	defer unlock()
+	err = b.place(ctx, n, d, id)
+	// The target may look into a volume that is new to it, and requests of a bridge or attacher
+	// that was killed may still be on their way in it: for that moment it is in use.
+	for pause := refusedPause; errors.Is(err, kind.InUse) && pause <= refusedMost; pause *= 2 {
+		if !sleep(ctx, pause) {
+			break
+		}
+		err = b.place(ctx, n, d, id)
+	}
+	failpoint.Reach("backend.show: nvmeNamespace made")
+	if errors.Is(err, kind.NotFound) {
+		// The subsystem, or the volume, which both were there a moment ago. A stand-in may have
+		// been deleted by who did not hear of it.
+		b.mu.Lock()
+		delete(b.clones, id)
+		b.mu.Unlock()
+		b.forget()
+		return kind.Errorf(kind.Unavailable, "the target lost something: %w", hide(err))
+	}
+	if err != nil {
+		return err
+	}
+	b.mu.Lock()
+	d.shown = true
+	b.mu.Unlock()
+	return nil
+}
+
+// How long a refusal may be one of the moment: 50, 100 and 200 ms.
+const refusedPause, refusedMost = 50 * time.Millisecond, 200 * time.Millisecond
+
+// sleep is false when ctx ended before.
+func sleep(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}
+
+// place adds a disk's nvmeNamespace, with what is in its way removed, or with a stand-in
+// where the volume has another place. The caller has the node and the stand-in locked.
+func (b *Backend) place(ctx context.Context, n *node, d *disk, id uuid.UUID) error {
 	b.mu.Lock()
 	volume := d.id // also after a rename
 	c := b.clones[id]
@@ -518,11 +563,11 @@ func (b *Backend) showDisk(ctx context.Context, n *node, d *disk) error {
 		volume = c.id
 		if !c.readOnly { // whoever made it did not live to do that
 			if err := b.fixClone(ctx, id, c.id); err != nil {
-				return unavailable(err)
+				return err
 			}
 		}
 	}
-	err = b.createNamespace(ctx, n, d, id, volume)
+	err := b.createNamespace(ctx, n, d, id, volume)
 	if err != nil && !errors.Is(err, kind.Unavailable) && !errors.Is(err, kind.NotFound) {
 		// Something has its place or identity; or the volume, where it can be only once.
 		first := err
@@ -537,19 +582,7 @@ func (b *Backend) showDisk(ctx context.Context, n *node, d *disk) error {
 			}
 		}
 	}
-	failpoint.Reach("backend.show: nvmeNamespace made")
-	if errors.Is(err, kind.NotFound) {
-		// The subsystem, or the volume, which both were there a moment ago.
-		b.forget()
-		return kind.Errorf(kind.Unavailable, "the target lost something: %w", hide(err))
-	}
-	if err != nil {
-		return err
-	}
-	b.mu.Lock()
-	d.shown = true
-	b.mu.Unlock()
-	return nil
+	return err
 }
 
 func (b *Backend) createNamespace(ctx context.Context, n *node, d *disk, id uuid.UUID, volume string) error {
