@@ -114,6 +114,7 @@ func TestConfigRefuses(t *testing.T) {
 		"bad mode":        {"[images]\nmode = \"moon\"", "dpu"},
 		"card and host":   {"roles = [\"node\"]\n[images]\nmode = \"dpu\"\n" + remoteTable, "role snapshots"},
 		"images for all":  {"[images.listen]\naddress = \"10.0.0.1:7444\"\ncertificate = \"c\"\nkey = \"k\"\nclient_ca = \"a\"", "images.listen.clients"},
+		"images of hosts": {"[images.listen]\naddress = \"10.0.0.1:7444\"\ncertificate = \"c\"\nkey = \"k\"\nclient_ca = \"a\"\nclients = [\"h\"]", "images.mode dpu"},
 		"images unproven": {"[images.listen]\naddress = \"10.0.0.1:7444\"\nclients = [\"h\"]", "images.listen.certificate"},
 		"far images":      {"[snapshotter.images]\naddress = \"10.0.0.1:7444\"", "certificate"},
 		"bad PCI address": {"[pcie.functions]\n\"0:1:0\" = \"slot 3\"", "slot 3"},

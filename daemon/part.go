@@ -178,6 +178,10 @@ func (c *Config) validateImages() error {
 		if err := i.Listen.check("images.listen"); err != nil {
 			return err
 		}
+		if i.Listen.Address != "" && i.Mode != ImagesDPU {
+			// Who calls chooses files of this machine, and uses disks by their paths.
+			return kind.Errorf(kind.Invalid, "images.listen is for images.mode %s: in mode %s the snapshotter is on the same machine, and calls on its socket", ImagesDPU, ImagesHost)
+		}
 	}
 	if c.Snapshotter.Images.Address != "" {
 		if err := c.Snapshotter.Images.Check("snapshotter.images.address"); err != nil {
