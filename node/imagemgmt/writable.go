@@ -112,16 +112,16 @@ func (m *Manager) showWritable(ctx context.Context, id string, w *writer, l Laye
 	if !known {
 		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupWait)
 		defer cancel()
-		// kind.Exists means that the disk of this id is somebody else's.
-		if !errors.Is(err, kind.Exists) {
-			werr := m.withdraw(cleanup, id, 0)
-			if werr == nil {
-				werr = m.o.Layers.Release(cleanup, id, l)
-			}
-			if werr != nil {
-				m.o.Logger.Warn("a disk may be left from a call that failed, until its owner calls again", "disk", id, "error", werr)
-				return present.Disk{}, true, err
-			}
+		var werr error
+		if !errors.Is(err, kind.Exists) { // else the disk of this id is somebody else's
+			werr = m.withdraw(cleanup, id, 0)
+		}
+		if werr == nil {
+			werr = m.o.Layers.Release(cleanup, id, l)
+		}
+		if werr != nil {
+			m.o.Logger.Warn("a disk may be left from a call that failed, until its owner calls again", "disk", id, "error", werr)
+			return present.Disk{}, true, err
 		}
 		if derr := m.dropWriter(id); derr != nil {
 			m.o.Logger.Warn("cannot forget a writable disk", "disk", id, "error", derr)

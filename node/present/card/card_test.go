@@ -186,6 +186,9 @@ func TestVolumesOfOthers(t *testing.T) {
 		}
 		_, err = i.AttachWritable(ctx, imagemgmt.Layer{Block: at(one)}, "data")
 		wantKind(t, err, kind.Exists)
+		if attached, _ := l.onStore(); len(attached) != 0 {
+			t.Fatalf("the store has %q attached for nobody", attached)
+		}
 		must(t, i.close())
 		if ids := l.onCard(); !slices.Equal(ids, []string{"data"}) {
 			t.Fatalf("the card shows %q", ids)
