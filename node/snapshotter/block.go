@@ -147,7 +147,8 @@ func isMountPoint(dir string) bool {
 // the file system of a presentation, and when that was lost and made anew, under the
 // same names, a mount of before is dead and must be replaced. Which one a mount is of
 // cannot be seen in it, so it is recorded; what is mounted and not recorded is
-// replaced too. A block device that went away and came back is another one. Containers have mounts of their own and notice nothing.
+// replaced too. A block device that went away and came back is another one. Containers
+// have mounts of their own and notice nothing.
 func (s *Snapshotter) mountOnce(ctx context.Context, key string, disk present.Disk, dir string, mount func() error) error {
 	now := "device"
 	if !disk.Block {
