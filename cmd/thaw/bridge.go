@@ -142,14 +142,35 @@ func (f *bridgeFlags) run(ctx context.Context, log *slog.Logger) error {
 		if err != nil {
 			return err
 		}
-		l, err := net.Listen("tcp", f.listen)
+		l, err := listenTCP("--listen", f.listen)
 		if err != nil {
-			return fmt.Errorf("--listen: %w", err)
+			return err
 		}
 		add(l, credentials, grpc.ChainUnaryInterceptor(f.admit))
 	}
+	f.look(ctx, log, client, functions)
 	log.Info("bridge ready", "socket", f.socket, "listen", f.listen, "target", f.target)
 	return serveBridge(ctx, log, servers, listeners)
+}
+
+// lookFor bounds how long the bridge looks for the others before it serves.
+const lookFor = 2 * time.Second
+
+// look says in the log which of those that the bridge needs is not there: they may come
+// later, but who mistyped a path should not learn so from the first call.
+func (f *bridgeFlags) look(ctx context.Context, log *slog.Logger, client *spdk.Client, functions opi.Functions) {
+	ctx, cancel := context.WithTimeout(ctx, lookFor)
+	defer cancel()
+	if _, err := client.GetVersion(ctx); err != nil {
+		log.Warn("the target does not answer yet: start it, or name its socket with --target", "target", f.target, "err", err)
+		return // the functions are half the target's
+	}
+	if functions == nil {
+		return
+	}
+	if _, err := functions.Plugged(ctx, ""); err != nil {
+		log.Warn("the card's machine does not answer yet: start it, or name its QMP socket with --dpu-sim", "socket", f.sim, "err", err)
+	}
 }
 
 // admit lets in the clients that are named.

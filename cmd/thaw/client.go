@@ -3,8 +3,11 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
+	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -60,13 +63,39 @@ func (p *place) part(ctx context.Context, role string) (*grpc.ClientConn, error)
 		return nil, err
 	}
 	sockets := config.Sockets(role)
-	for _, s := range sockets[:len(sockets)-1] {
-		if conn, err := dial(ctx, s, rpc.DialOptions()...); !errors.Is(err, kind.Unavailable) {
+	var missing error
+	for _, s := range sockets {
+		conn, err := dial(ctx, s, rpc.DialOptions()...)
+		if !errors.Is(err, kind.Unavailable) {
 			return conn, err
 		}
+		missing = err
 	}
-	return dial(ctx, sockets[len(sockets)-1], rpc.DialOptions()...)
+	if start := starts[role]; errors.Is(missing, errNobody) {
+		return nil, kind.Errorf(kind.Unavailable, "nobody listens on %s: start %s, or name its --run directory", strings.Join(sockets, " or "), start)
+	}
+	return nil, missing
 }
+
+// starts says what runs the part that a role names.
+var starts = map[string]string{
+	daemon.RoleStore:  "'thaw server' or 'thaw attacher'",
+	daemon.RoleCard:   "'thaw attacher --role card' on the card",
+	daemon.RoleImages: "'thaw server' or 'thaw image-mgmt'",
+}
+
+// whoListens says what has to run for somebody to listen on a socket.
+func whoListens(socket string) string {
+	for _, p := range []daemon.Process{daemon.ProcessAttacher, daemon.ProcessImages, daemon.ProcessSnapshots} {
+		if filepath.Base(socket) == string(p)+".sock" {
+			return fmt.Sprintf("'thaw server' or 'thaw %s'", p)
+		}
+	}
+	return "'thaw server'"
+}
+
+// errNobody is below what dial returns when nobody listens.
+var errNobody = errors.New("nobody listens")
 
 // dial connects to one of the server's sockets and fails at once, with what to do,
 // when nobody listens.
@@ -75,7 +104,7 @@ func dial(ctx context.Context, socket string, options ...grpc.DialOption) (*grpc
 	probe, err := d.DialContext(ctx, "unix", socket)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return nil, kind.Errorf(kind.Unavailable, "no thaw server listens on %s: start one with 'thaw server', or name its --run directory", socket)
+		return nil, kind.Errorf(kind.Unavailable, "%w on %s: start %s, or name its --run directory", errNobody, socket, whoListens(socket))
 	case errors.Is(err, fs.ErrPermission):
 		return nil, kind.Errorf(kind.Denied, "connect to %s: permission denied: run as root", socket)
 	case err != nil:

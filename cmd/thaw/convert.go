@@ -70,8 +70,9 @@ func (s *storeFlags) client(cmd *cobra.Command, where *place) (client attacherv1
 		local, closeLocal, err := where.attacherClient(cmd.Context())
 		return local, func() error { closeLocal(); return nil }, err
 	}
+	// Apart from done, which an error's return clears.
 	var closers []func() error
-	done = func() error {
+	closeAll := func() error {
 		var errs []error
 		for i := len(closers) - 1; i >= 0; i-- {
 			errs = append(errs, closers[i]())
@@ -80,7 +81,7 @@ func (s *storeFlags) client(cmd *cobra.Command, where *place) (client attacherv1
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, done())
+			err = errors.Join(err, closeAll())
 		}
 	}()
 	o := remote.Options{}
@@ -123,7 +124,7 @@ func (s *storeFlags) client(cmd *cobra.Command, where *place) (client attacherv1
 		o.Node = config.NodeName
 	}
 	o.Attacher = attacherv1.NewAttacherClient(conn)
-	return remote.New(o), done, nil
+	return remote.New(o), closeAll, nil
 }
 
 // dialPeer connects to a part that may be on another machine.

@@ -104,6 +104,29 @@ func newRoot() *cobra.Command {
 		newServer(), newAttacher(), newImageManagement(), newSnapshotter(), newKeeper(), newImage(), newLvol(), newSnapshot(), newTarget(), newBridge(), newAttachment(), newBlock(), newCard(), newCache(), newCertificate(),
 		newDoctor(), newContainerdConfig(),
 	)
+	// Cobra's own two print help and succeed for what is not there.
+	root.InitDefaultCompletionCmd()
+	root.InitDefaultHelpCmd()
+	for _, c := range root.Commands() {
+		switch c.Name() {
+		case "completion":
+			c.Args, c.RunE = noArgs, func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+		case "help":
+			c.Args = func(_ *cobra.Command, args []string) error {
+				found, rest, err := root.Find(args)
+				if err != nil || len(rest) > 0 {
+					if found == nil {
+						found = root
+					}
+					if len(rest) == 0 {
+						rest = args
+					}
+					return usage{unknownCommand(found, rest[0])}
+				}
+				return nil
+			}
+		}
+	}
 	return root
 }
 

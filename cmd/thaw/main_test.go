@@ -122,6 +122,10 @@ func TestUsageErrorsNameTheCommand(t *testing.T) {
 		{[]string{"lvol", "create", "x"}, []string{"thaw lvol create", "2 argument", "NAME SIZE"}},
 		{[]string{"image", "prune", "--older-than", "soon"}, []string{"thaw image prune", "soon"}},
 		{[]string{"image", "prune", "--older-than", "-1h"}, []string{"negative"}},
+		{[]string{"completion", "tcsh"}, []string{"tcsh", "thaw completion --help"}},
+		{[]string{"help", "imgae"}, []string{"imgae", "did you mean image"}},
+		{[]string{"help", "card", "disks"}, []string{"thaw card", "disks", "did you mean disk"}},
+		{[]string{"target", "--root", t.TempDir(), "--socket", t.TempDir() + "/s", "--metrics", "9600"}, []string{"--metrics", "9600", "with a port"}},
 		{[]string{"containerd-config", "--containerd-version", "7"}, []string{"7", "1 or 2"}},
 	} {
 		root := newRoot()

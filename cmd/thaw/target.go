@@ -115,9 +115,9 @@ func (f *targetFlags) run(ctx context.Context, log *slog.Logger) (err error) {
 
 // serveMetrics serves /metrics until the returned function is called.
 func serveMetrics(address string, collectors ...prometheus.Collector) (stop func(), err error) {
-	l, err := net.Listen("tcp", address)
+	l, err := listenTCP("--metrics", address)
 	if err != nil {
-		return nil, fmt.Errorf("--metrics: %w", err)
+		return nil, err
 	}
 	registry := prometheus.NewRegistry()
 	for _, c := range collectors {
@@ -138,6 +138,23 @@ func serveMetrics(address string, collectors ...prometheus.Collector) (stop func
 		s.Close()
 		<-done
 	}, nil
+}
+
+// listenTCP listens at the address that a flag has.
+func listenTCP(flag, address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	var wrong *net.AddrError
+	switch {
+	case err == nil:
+		return l, nil
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, kind.Errorf(kind.InUse, "%s %s is in use by another program: choose another address", flag, address)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return nil, kind.Errorf(kind.NotFound, "%s %s is no address of this machine", flag, address)
+	case errors.As(err, &wrong):
+		return nil, usage{fmt.Errorf("%s %.80q: must be an address with a port, as 127.0.0.1:9600", flag, address)}
+	}
+	return nil, fmt.Errorf("%s: %w", flag, err)
 }
 
 func targetCall(socket *string) *cobra.Command {

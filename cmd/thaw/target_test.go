@@ -90,7 +90,7 @@ func TestTarget(t *testing.T) {
 		{[]string{"--root", dir + "/other", "--socket", socket}, 4, "another process does already"},
 		{[]string{"--root", dir + "/other", "--socket", socket + "2", "--engine", "steam"}, 2, "it is shared-nothing or thread-pool"},
 		{[]string{"--root", dir + "/other", "--socket", socket + "2", "--log-level", "loud"}, 2, "must be debug, info, warn or error"},
-		{[]string{"--root", dir + "/other", "--socket", socket + "2", "--metrics", "nowhere"}, 1, "--metrics"},
+		{[]string{"--root", dir + "/other", "--socket", socket + "2", "--metrics", "nowhere"}, 2, "with a port"},
 	} {
 		_, code, err := run(t.Context(), append([]string{"target"}, c.args...)...)
 		if code != c.code || err == nil || !strings.Contains(err.Error(), c.err) {
