@@ -219,6 +219,8 @@ func LoadConfig(path string) (Config, error) {
 			// The parser's words for a value of another type name this program's types.
 			text := strings.TrimPrefix(err.Error(), "toml: ")
 			text = goType.ReplaceAllString(goTable.ReplaceAllString(text, " into a table"), " into a $1")
+			text = strings.ReplaceAll(text, " into a []string", " into a list of strings")
+			text = goLevel.ReplaceAllString(text, "level $1: must be DEBUG, INFO, WARN or ERROR")
 			return Config{}, kind.Errorf(kind.Invalid, "configuration %s, %s: %s", path, where, text)
 		}
 		return Config{}, kind.Errorf(kind.Invalid, "configuration %s: %w", path, err)
@@ -229,10 +231,14 @@ func LoadConfig(path string) (Config, error) {
 var (
 	goTable = regexp.MustCompile(` into struct field \S+ of type daemon\.\S+$`)
 	goType  = regexp.MustCompile(` into struct field \S+ of type (\S+)$`)
+	goLevel = regexp.MustCompile(`^slog: level string (".*"): .*$`)
 )
 
 // minPoolClusters is the least that a pool is made with: one holds its superblock.
 const minPoolClusters = 4
+
+// minAttachTimeout is less than any attach takes.
+const minAttachTimeout = Duration(time.Millisecond)
 
 var targetName = regexp.MustCompile(`^[a-z0-9.-]{1,64}$`)
 
@@ -289,6 +295,10 @@ func (c *Config) Validate() error {
 	}
 	if s := c.Snapshotter.WritableSize; s < 64<<20 || s > 16<<40 || s%(1<<20) != 0 {
 		return kind.Errorf(kind.Invalid, "snapshotter.writable_size of %d bytes: must be whole MiB from 64MiB to 16TiB", s)
+	}
+	// A number without a unit is nanoseconds to the parser.
+	if d := c.Snapshotter.AttachTimeout; d < minAttachTimeout {
+		return kind.Errorf(kind.Invalid, "snapshotter.attach_timeout of %s: must be at least %s, written with a unit as \"10s\"", time.Duration(d), time.Duration(minAttachTimeout))
 	}
 	return nil
 }

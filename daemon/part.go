@@ -145,10 +145,16 @@ func (c *Config) validateCard() error {
 	case len(k.Functions) > maxFunctions:
 		return kind.Errorf(kind.Invalid, "card.functions has %d: must be at most %d", len(k.Functions), maxFunctions)
 	}
+	seen := make(map[card.Function]bool)
 	for _, f := range k.Functions {
-		if _, err := card.ParseFunction(f); err != nil {
+		parsed, err := card.ParseFunction(f)
+		if err != nil {
 			return kind.Errorf(kind.Invalid, "card.functions: %w", err)
 		}
+		if seen[parsed] {
+			return kind.Errorf(kind.Invalid, "card.functions has %s twice", f)
+		}
+		seen[parsed] = true
 	}
 	if err := identity.CheckNode(k.Host); err != nil {
 		return kind.Errorf(kind.Invalid, "card.host: %w", err)

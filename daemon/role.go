@@ -196,7 +196,7 @@ func (r *RemoteConfig) validate(taken map[string]bool) error {
 		r.LossTimeout = Duration(remote.DefaultLossTimeout)
 	}
 	if r.LossTimeout < Duration(time.Second) {
-		return kind.Errorf(kind.Invalid, "remote %s: loss_timeout must be at least 1s", r.Name)
+		return kind.Errorf(kind.Invalid, "remote %s: loss_timeout must be at least 1s, written with a unit as \"10m\"", r.Name)
 	}
 	if filepath.IsAbs(r.Attacher) {
 		return nil
