@@ -7,6 +7,9 @@ package rpcerr
 import (
 	"context"
 	"errors"
+	"regexp"
+	"strconv"
+	"strings"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -75,7 +78,23 @@ func ToStatus(err error) error {
 // and the status below for those who ask.
 type remote struct{ status *status.Status }
 
-func (e *remote) Error() string              { return e.status.Message() }
+// unreached is how gRPC says that there is no connection, around the reason for it.
+var unreached = regexp.MustCompile(`connection error: desc = ("(?:[^"\\]|\\.)*")`)
+
+func (e *remote) Error() string {
+	return unreached.ReplaceAllStringFunc(e.status.Message(), func(text string) string {
+		inner, err := strconv.Unquote(strings.TrimPrefix(text, "connection error: desc = "))
+		if err != nil {
+			return text
+		}
+		inner = strings.TrimPrefix(strings.TrimPrefix(inner, "transport: "), "Error while dialing: ")
+		if strings.HasPrefix(inner, "error reading server preface: ") {
+			return "whoever listens there does not answer: it is starting, or it is another program: " + inner
+		}
+		return inner
+	})
+}
+
 func (e *remote) GRPCStatus() *status.Status { return e.status }
 func (e *remote) Is(target error) bool {
 	switch e.status.Code() {

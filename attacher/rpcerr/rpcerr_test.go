@@ -63,3 +63,18 @@ func TestErrorsOfOthers(t *testing.T) {
 		t.Error("nil or io.EOF changed")
 	}
 }
+
+// TestUnreached: what gRPC wraps around the reason that there is no connection is no help.
+func TestUnreached(t *testing.T) {
+	for text, want := range map[string]string{
+		`connection error: desc = "transport: Error while dialing: dial tcp 127.0.0.1:1: connect: connection refused"`: "dial tcp 127.0.0.1:1: connect: connection refused",
+		`connection error: desc = "transport: authentication handshake failed: tls: candidate \"A\""`:                  `authentication handshake failed: tls: candidate "A"`,
+		`waited: connection error: desc = "error reading server preface: EOF"`:                                         "waited: whoever listens there does not answer: it is starting, or it is another program: error reading server preface: EOF",
+		`latest balancer error: connection error: desc = "transport: x" and more`:                                      "latest balancer error: x and more",
+		`connection error: desc = "cut off`:                                                                            `connection error: desc = "cut off`,
+	} {
+		if got := FromStatus(status.Error(codes.Unavailable, text)); got.Error() != want || !errors.Is(got, kind.Unavailable) {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
