@@ -96,7 +96,9 @@ func (c *Client) connect(ctx context.Context) (*net.UnixConn, error) {
 		if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EAGAIN) {
 			return nil, fmt.Errorf("keeper: connect: %w", err)
 		}
-		if err := ctx.Err(); err != nil {
+		if err := ctx.Err(); errors.Is(err, context.Canceled) {
+			return nil, fmt.Errorf("keeper: connect: %w", err)
+		} else if err != nil {
 			return nil, kind.Errorf(kind.Unavailable, "keeper: nobody listens on %s: %v", c.options.Socket, err)
 		}
 		// A child that ended may have lost a race against another starter (then
