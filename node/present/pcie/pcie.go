@@ -419,6 +419,8 @@ func (f *Finder) function(id identity) (function, error) {
 		return p, kind.Errorf(kind.Invalid, "the PCI device at %s, where function %s is configured to be, has class %.20q and is no NVMe controller", id.address, id.function, p.class)
 	case p.driver != "" && p.driver != nvmeDriver:
 		return p, kind.Errorf(kind.InUse, "function %s at %s has the driver %.40s", id.function, id.address, p.driver)
+	case p.driver == "" && p.override != "" && p.override != nvmeDriver:
+		return p, kind.Errorf(kind.InUse, "function %s at %s is set aside for the driver %.40s", id.function, id.address, p.override)
 	}
 	return p, nil
 }

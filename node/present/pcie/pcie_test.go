@@ -470,6 +470,15 @@ func TestOthersStay(t *testing.T) {
 			t.Fatal(err, m.written())
 		}
 	})
+	t.Run("set aside", func(t *testing.T) {
+		m := newMachine(t)
+		m.function(testAddr, "0x010802", "")
+		m.attributes("bus/pci/devices/"+testAddr, map[string]string{"driver_override": "vfio-pci"})
+		f := m.finder(map[string]string{"0:1:0": testAddr})
+		if _, err := f.Find(t.Context(), wanted(true)); !errors.Is(err, kind.InUse) || !strings.Contains(err.Error(), "vfio-pci") || len(m.written()) != 0 {
+			t.Fatal(err, m.written())
+		}
+	})
 	t.Run("no NVMe", func(t *testing.T) {
 		m := newMachine(t)
 		m.function(testAddr, "0x020000", "")
