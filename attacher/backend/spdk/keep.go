@@ -223,7 +223,7 @@ func each[T any](list []T, f func(T) error) error {
 // identifyLocked finds the lvols of restored disks. The caller holds mu.
 func (b *Backend) identifyLocked(n *node, byName map[string]*lvolv1.Lvol) {
 	for _, d := range n.disks {
-		if l := byName[d.lvol]; d.id == "" && l != nil && !hidden(d.lvol) && b.fits(l, d.writable) == nil {
+		if l := byName[d.lvol]; d.id == "" && l != nil && loaded(l) == nil && !hidden(d.lvol) && b.fits(l, d.writable) == nil {
 			d.id, d.size = l.GetUuid(), l.GetSizeBytes()
 		}
 	}

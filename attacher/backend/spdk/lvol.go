@@ -75,12 +75,25 @@ func (b *Backend) lookup(ctx context.Context, name string) (l *lvolv1.Lvol, err 
 		if noStore(err) {
 			return kind.Errorf(kind.Unavailable, "the target does not have lvstore %s now", b.o.LvStore)
 		}
+		if err == nil {
+			err = loaded(l)
+		}
 		return err
 	})
 	if errors.Is(err, kind.NotFound) {
 		return nil, notFound(name)
 	}
 	return l, err
+}
+
+// loaded is nil for an lvol that has a bdev, and for one that cannot have any. A target that
+// is killed between the bridge's questions, and one that has just been started, has lvols
+// without: they have no size.
+func loaded(l *lvolv1.Lvol) error {
+	if l.GetSizeBytes() == 0 && !l.GetDegraded() {
+		return kind.Errorf(kind.Unavailable, "the target is still loading lvol %s", l.GetName())
+	}
+	return nil
 }
 
 // noStore tells whether it is the lvstore that the bridge did not find.
@@ -107,6 +120,9 @@ func (b *Backend) change(ctx context.Context, f func() (*lvolv1.Lvol, error)) (l
 		l, err = f()
 		if errors.Is(err, kind.NotFound) {
 			return kind.Errorf(kind.Unavailable, "the target does not have now what it had a moment ago: %w", hide(err))
+		}
+		if err == nil {
+			err = loaded(l)
 		}
 		return err
 	})

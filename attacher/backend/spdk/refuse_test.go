@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	lvolv1 "github.com/thaw-project/thaw/api/lvol/v1"
@@ -130,5 +131,44 @@ func TestStandInGone(t *testing.T) {
 		if err := x.Withdraw(e); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestStillLoading: an lvol that the target lists and has no bdev of, for it was killed in
+// between or is still being started, is waited for, and never taken for one of no size.
+func TestStillLoading(t *testing.T) {
+	var missing atomic.Int64
+	p := newPlace(t)
+	p.serve(t, func(methods map[string]rpc.Method) {
+		m := methods["bdev_get_bdevs"]
+		get := m.Handle
+		m.Handle = func(ctx context.Context, params json.RawMessage) (any, error) {
+			if strings.Contains(string(params), "/w") && missing.Add(-1) >= 0 {
+				return nil, rpc.Errno(unix.ENODEV, nil)
+			}
+			return get(ctx, params)
+		}
+		methods["bdev_get_bdevs"] = m
+	})
+	b := p.open(t, p.conn(t))
+	defer b.Close()
+	if err := b.Exporter().Restore(nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Create("w", 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	missing.Store(8)
+	info, err := b.Get("w")
+	if err != nil || info.SizeBytes != 1<<20 {
+		t.Fatalf("an lvol that is being loaded has %d bytes: %v", info.SizeBytes, err)
+	}
+	if missing.Load() >= 0 {
+		t.Fatal("nobody asked for the bdev")
+	}
+	missing.Store(8)
+	told, err := b.Exporter().Export(writer, "")
+	if err != nil || told.SizeBytes != 1<<20 {
+		t.Fatalf("it is exported with %d bytes: %v", told.SizeBytes, err)
 	}
 }
