@@ -28,7 +28,7 @@ func TestOrdinaryBuild(t *testing.T) {
 // TestWithTag runs this package's tests once more, built with the tag.
 func TestWithTag(t *testing.T) {
 	if Enabled {
-		t.Skip("these are the tests with the tag")
+		t.Skip("this binary has the tag already, and the test builds one that has: run without -tags failpoint")
 	}
 	binary := filepath.Join(t.TempDir(), "failpoint.test")
 	build := exec.Command("go", "test", "-c", "-tags", "failpoint", "-o", binary, ".")

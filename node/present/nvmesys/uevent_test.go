@@ -3,6 +3,7 @@ package nvmesys
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"strings"
 	"testing"
@@ -55,7 +56,10 @@ func TestWatch(t *testing.T) {
 	case <-ready:
 	case err := <-ended:
 		cancel()
-		t.Skipf("no kernel events here: %v", err)
+		if !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EPROTONOSUPPORT) {
+			t.Fatalf("watch the kernel's events: %v", err)
+		}
+		t.Skipf("this kernel or sandbox gives no netlink socket for kernel events, run it outside: %v", err)
 	}
 	if fd, err := unix.Open("/sys/block/loop0/uevent", unix.O_WRONLY|unix.O_CLOEXEC, 0); err == nil && os.Geteuid() == 0 {
 		unix.Write(fd, []byte("change"))
